@@ -1,0 +1,1 @@
+"""From trajectories to better weights: the learner, its optimizers and schedules, and checkpoints."""

@@ -1,0 +1,1 @@
+"""What is learned: the task interface, PPO, and the return estimators as pure functions."""
