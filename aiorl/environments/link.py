@@ -1,0 +1,273 @@
+"""The two ends of the link: the trainer's ROUTER on its loop's own reader, and a worker's blocking DEALER.
+
+=====================================  ===============================================================================
+hand-off                               what happens when it is full
+=====================================  ===============================================================================
+trainer → worker, ``MAX_QUEUED``       ``LinkServer.send`` answers False; never so while every group is owed one answer
+worker → trainer, ``MAX_QUEUED``       the worker waits in ``send``
+one turn of the loop, ``MAX_TURN``     the rest is taken in the next turn, so that a flood does not hold the loop
+=====================================  ===============================================================================
+
+ZeroMQ's descriptor tells of changes, not of a state: whoever sends or receives may swallow the change that announced a
+message. So EVENTS is looked at after each send and until it shows nothing left to receive.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import stat
+import tempfile
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import zmq
+
+from aiorl.environments.fields import MAX_ARRAY_BYTES, MAX_HEADER_BYTES
+from aiorl.environments.wire import decode, encode
+from aiorl.errors import ConfigError, Fault
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Self
+
+    from aiorl.environments.wire import Message
+
+MAX_QUEUED: Final = 4096
+MAX_TURN: Final = 256
+MAX_IPC_PATH_BYTES: Final = 107
+_HANDSHAKE_MS: Final = 10_000
+
+# Plain integers: an operation on pyzmq's flags costs a microsecond each.
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+_NOBLOCK, _SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
+
+
+def _configure(end: zmq.Socket[bytes]) -> None:
+    end.setsockopt(zmq.LINGER, 0)
+    end.setsockopt(zmq.SNDHWM, MAX_QUEUED)
+    end.setsockopt(zmq.RCVHWM, MAX_QUEUED)
+    end.setsockopt(zmq.MAXMSGSIZE, max(MAX_ARRAY_BYTES, MAX_HEADER_BYTES))
+    end.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+
+
+def _send(end: zmq.Socket[bytes], parts: list[bytes], flags: int = 0) -> None:
+    """What ``send_multipart`` does, in half its time."""
+    for part in parts[:-1]:
+        end.send(part, flags | _SNDMORE)
+    end.send(parts[-1], flags)
+
+
+def _receive(end: zmq.Socket[bytes], flags: int = 0) -> list[bytes]:
+    """What ``recv_multipart`` does, in half its time: a frame itself knows whether more of them follow."""
+    frame = end.recv(flags, copy=False)
+    parts = [frame.bytes]
+    while frame.more:
+        frame = end.recv(flags, copy=False)
+        parts.append(frame.bytes)
+    return parts
+
+
+class LinkServer:
+    """The trainer's end: listens, hands what arrives to ``receive``, and sends without ever waiting.
+
+    Belongs to the thread and loop that made it. ``receive(identity, frames)`` is called on the loop and must not raise.
+
+    Attributes:
+        endpoint: Where workers connect to.
+        context: For workers that are threads of this process.
+        num_received: Messages, whoever they came from.
+        num_sent: Messages.
+
+    Raises:
+        ConfigError: The endpoint is in use, or cannot be listened on; a fault on ``link.endpoint``.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        receive: Callable[[bytes, list[bytes]], None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.num_received = 0
+        self.num_sent = 0
+        self._receive = receive
+        self._loop = loop
+        self._folder: Path | None = None
+        self._drain_handle: asyncio.Handle | None = None
+        self._socket = self.context.socket(zmq.ROUTER)
+        self._is_closed = False
+        try:
+            _configure(self._socket)
+            self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            self.endpoint = self._bind_private() if endpoint == "auto" else _bind_given(self._socket, endpoint)
+            self._descriptor = int(self._socket.getsockopt(zmq.FD))
+            loop.add_reader(self._descriptor, self._drain)
+        except BaseException:
+            self.release()
+            raise
+
+    def _bind_private(self) -> str:
+        """Listens where only this user can connect: a socket in a new folder of mode 0700, or loopback TCP."""
+        for parent in (tempfile.gettempdir(), "/tmp"):
+            path = str(Path(parent) / "aiorl-01234567" / "link")
+            if zmq.has("ipc") and Path(parent).is_dir() and len(os.fsencode(path)) <= MAX_IPC_PATH_BYTES:
+                self._folder = Path(tempfile.mkdtemp(prefix="aiorl-", dir=parent))
+                self._socket.bind(f"ipc://{self._folder / 'link'}")
+                return f"ipc://{self._folder / 'link'}"
+        return _bind_given(self._socket, "tcp://127.0.0.1:*")
+
+    def _drain(self) -> None:
+        self._drain_handle = None
+        for _ in range(MAX_TURN):
+            if self._is_closed or not self._is_readable():
+                return
+            with suppress(zmq.Again):
+                identity, *frames = _receive(self._socket, _NOBLOCK)
+                self.num_received += 1
+                self._receive(identity, frames)
+        self._drain_soon()
+
+    def _is_readable(self) -> bool:
+        return bool(int(self._socket.getsockopt(_EVENTS)) & _POLLIN)
+
+    def _drain_soon(self) -> None:
+        if self._drain_handle is None:
+            self._drain_handle = self._loop.call_soon(self._drain)
+
+    def send(self, identity: bytes, frames: list[bytes]) -> bool:
+        """Sends to one worker; False where it is not connected, or where more waits for it than can be owed to it."""
+        if self._is_closed:
+            return False
+        try:
+            _send(self._socket, [identity, *frames], _NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
+                raise
+            return False
+        self.num_sent += 1
+        if self._is_readable():
+            self._drain_soon()
+        return True
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no message waits to be received."""
+        return self._is_closed or (self._drain_handle is None and not self._is_readable())
+
+    def receive_now(self) -> None:
+        """Receives what has arrived, without waiting for the loop."""
+        if not self._is_closed:
+            self._drain()
+
+    def close(self, release: bool = True) -> None:
+        """Stops listening and removes the socket's folder; further calls do nothing.
+
+        Args:
+            release: False leaves the context open, for a thread that still has a socket of it; ``release`` is due later.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            self._loop.remove_reader(self._descriptor)
+            if self._drain_handle is not None:
+                self._drain_handle.cancel()
+        if release:
+            self.release()
+
+    def release(self) -> None:
+        """Closes the socket and ends the context; waits until no other socket of the context is open."""
+        self._is_closed = True
+        self._socket.close()
+        self.context.term()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    _release = release
+
+
+class WorkerLink:
+    """A worker's end: sends and receives typed messages, one at a time, and waits for each."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes) -> None:
+        self._socket = context.socket(zmq.DEALER)
+        _configure(self._socket)
+        self._socket.setsockopt(zmq.IDENTITY, identity)
+        self._socket.connect(endpoint)
+
+    def send(self, message: Message) -> None:
+        """Sends a message; raises ``MalformedMessage`` where it cannot be sent."""
+        _send(self._socket, encode(message))
+
+    def receive(self) -> Message:
+        """Waits for the next message; raises ``MalformedMessage`` where it is none."""
+        return decode(_receive(self._socket))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._socket.close()
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Listens on an endpoint and stops at once.
+
+    Raises:
+        ConfigError: It is in use, or cannot be listened on; a fault on ``link.endpoint``.
+    """
+    if endpoint != "auto":
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as end:
+            _configure(end)
+            _bind_given(end, endpoint)
+
+
+def _bind_given(end: zmq.Socket[bytes], endpoint: str) -> str:
+    scheme, _, address = endpoint.partition("://")
+    is_file = scheme == "ipc" and not address.startswith("@")
+    if is_file:
+        _check_ipc_path(endpoint, Path(address))
+    elif scheme == "tcp" and not address.startswith(("127.", "localhost:")):
+        raise _refusal(endpoint, "is open to other machines, and the link is not encrypted", "listen on 127.0.0.1")
+    try:
+        end.bind(endpoint)
+    except zmq.ZMQError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise _in_use(endpoint) from error
+        raise _refusal(endpoint, f"cannot be listened on: {error.strerror}", 'give another one, or "auto"') from error
+    if is_file:
+        Path(address).chmod(0o600)
+    return end.get_string(zmq.LAST_ENDPOINT)
+
+
+def _check_ipc_path(endpoint: str, path: Path) -> None:
+    """ZeroMQ removes whatever stands at the path and takes its place, a live socket too."""
+    if len(os.fsencode(path)) > MAX_IPC_PATH_BYTES:
+        raise _refusal(
+            endpoint, f"is longer than the {MAX_IPC_PATH_BYTES} bytes of a socket's path", "shorten the path"
+        )
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise _refusal(endpoint, "is a file or folder already", "give a path where nothing stands")
+    with closing(socket.socket(socket.AF_UNIX)) as probe, suppress(ConnectionRefusedError):
+        probe.connect(str(path))
+        raise _in_use(endpoint)
+
+
+def _in_use(endpoint: str) -> ConfigError:
+    return _refusal(endpoint, "is in use already", 'end the run that listens there, give another one, or "auto"')
+
+
+def _refusal(endpoint: str, message: str, remedy: str) -> ConfigError:
+    value: Any = f'"{endpoint}"'
+    return ConfigError([Fault("link.endpoint", message, value, remedy)])

@@ -1,0 +1,260 @@
+"""A worker: builds groups of environments, and steps them as it is told, one message at a time.
+
+consumes       ``Setup`` once, then ``Reset`` and ``Step`` of its groups
+waits for      the trainer's next message, and for nothing else
+unblocked by   the trainer; by the end of the trainer, which ends the process
+ends when      ``Stop`` arrives
+
+``serve`` runs in a process of its own (``python -m aiorl.environments.worker``) or in a thread of the trainer's. A process
+ends with its trainer, however that ends: the kernel kills it (PDEATHSIG), and where there is no such kernel, or while
+the process still starts, the *lifeline* does, a pipe whose other end closes with the trainer. Signals that a terminal
+or a service manager sends to all processes at once are left to the trainer, which asks its workers to stop after it has
+drained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
+
+import msgpack
+import numpy as np
+import zmq
+
+from aiorl.environments.link import WorkerLink
+from aiorl.environments.make import EnvironmentGroup
+from aiorl.environments.wire import (
+    PROTOCOL_VERSION,
+    Failed,
+    Hello,
+    Message,
+    Observed,
+    Ready,
+    Reset,
+    Setup,
+    Step,
+    Stop,
+    outcomes_of,
+)
+from aiorl.errors import MalformedMessage
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from numpy.typing import NDArray
+
+EXIT_ORPHANED: Final = 3
+"""Exit status of a worker whose trainer is gone."""
+
+TERMINATE: Final = b"t"
+"""Written on the lifeline by a trainer that has lost patience."""
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+class _Terminated(BaseException):
+    """The trainer no longer waits for the environments."""
+
+
+class _Groups:
+    """The groups of one worker, and the last sequence number of each."""
+
+    def __init__(self, incarnation: int) -> None:
+        self.where = "constructor"
+        self._incarnation = incarnation
+        self._groups: list[EnvironmentGroup] = []
+        self._seeds: list[tuple[int, ...] | None] = []
+        self._sequences: list[int] = []
+
+    def build(self, setup: Setup) -> Ready:
+        first = 0
+        for num_envs in setup.group_sizes:
+            self._groups.append(EnvironmentGroup(setup.spec, num_envs))
+            self._seeds.append(setup.seeds[first : first + num_envs])
+            self._sequences.append(0)
+            first += num_envs
+        return Ready(self._incarnation, self._groups[0].info, os.getpid())
+
+    def reset(self, message: Reset) -> Observed:
+        group = self._next(message)
+        self.where = "reset"
+        observations = group.reset(self._seeds[message.group])
+        self._seeds[message.group] = None
+        num_envs = len(observations)
+        return Observed(
+            incarnation=self._incarnation,
+            group=message.group,
+            sequence=message.sequence,
+            observations=observations,
+            rewards=np.zeros(num_envs, np.float32),
+            outcomes=np.zeros(num_envs, np.uint8),
+            final_observations=observations[:0],
+        )
+
+    def step(self, message: Step) -> Observed:
+        group = self._next(message)
+        actions: NDArray[np.int64] = message.actions
+        self.where = "step"
+        tick = group.step(actions)
+        return Observed(
+            incarnation=self._incarnation,
+            group=message.group,
+            sequence=message.sequence,
+            observations=tick.observations,
+            rewards=tick.rewards,
+            outcomes=outcomes_of(tick),
+            final_observations=tick.final_observations,
+        )
+
+    def _next(self, message: Reset | Step) -> EnvironmentGroup:
+        """The group of a message that is the next one of that group."""
+        if message.group >= len(self._groups) or message.sequence != self._sequences[message.group] + 1:
+            raise MalformedMessage(f"group {message.group} has no message {message.sequence} to come")
+        self._sequences[message.group] += 1
+        return self._groups[message.group]
+
+    def close(self) -> None:
+        """Closes every group; what an environment raises in its close goes to standard error and no further."""
+        for group in self._groups:
+            try:
+                group.close()
+            except Exception:  # noqa: BLE001 - user code, and the other groups have to be closed
+                traceback.print_exc()
+
+
+def serve(
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    *,
+    worker: int,
+    incarnation: int,
+    identity: bytes,
+    token: bytes,
+) -> None:
+    """Serves one worker's groups until the trainer says stop.
+
+    Whatever an environment raises is sent to the trainer as ``Failed``; the worker then only waits for ``Stop``, so that
+    the message is not lost to the end of the process.
+    """
+    groups = _Groups(incarnation)
+    with WorkerLink(context, endpoint, identity) as link:
+        try:
+            link.send(Hello(incarnation, PROTOCOL_VERSION, worker, token))
+            try:
+                _serve_until_stop(link, groups, incarnation)
+            except _Terminated:
+                raise
+            except BaseException as error:  # noqa: BLE001 - also SystemExit: the trainer is told whatever it is
+                _fail(link, groups.where, error, incarnation)
+        finally:
+            groups.close()
+
+
+def _serve_until_stop(link: WorkerLink, groups: _Groups, incarnation: int) -> None:
+    while True:
+        groups.where = "link"
+        message: Message = link.receive()
+        if message.incarnation != incarnation:
+            continue
+        if isinstance(message, Step):
+            answer: Message = groups.step(message)
+        elif isinstance(message, Reset):
+            answer = groups.reset(message)
+        elif isinstance(message, Setup):
+            groups.where = "constructor"
+            answer = groups.build(message)
+        elif isinstance(message, Stop):
+            return
+        else:
+            raise MalformedMessage(f"a trainer sends no {type(message).__name__}")
+        link.send(answer)
+
+
+def _fail(link: WorkerLink, where: str, error: BaseException, incarnation: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    cause = traceback.format_exception_only(error)[-1].strip()
+    link.send(Failed(incarnation, where, cause, "".join(traceback.format_exception(error))))
+    while not isinstance(link.receive(), Stop):
+        pass
+
+
+def _end_with_parent(parent: int) -> None:
+    """Has the kernel kill this process when the thread that started it ends; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before it could be bound to
+        os._exit(EXIT_ORPHANED)
+
+
+def _hold(lifeline: BinaryIO) -> None:
+    """Waits in a thread until the trainer loses patience or ends; ends this process, whatever its main thread does."""
+    is_impatient = False
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        if is_impatient:
+            raise _Terminated
+
+    def hold() -> None:
+        nonlocal is_impatient
+        if lifeline.read(1) == TERMINATE:
+            is_impatient = True
+            # A signal also interrupts what the environment waits in; its own clean-up then still runs.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            lifeline.read(1)
+        os._exit(EXIT_ORPHANED)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave)
+    threading.Thread(target=hold, name="lifeline", daemon=True).start()
+
+
+def read_boot(lifeline: BinaryIO) -> dict[str, Any]:
+    """What the trainer wrote on the lifeline first: identity, token and import path, which argv would show to everybody."""
+    size = int.from_bytes(lifeline.read(4), "big")
+    boot = lifeline.read(size)
+    if not size or len(boot) != size:
+        os._exit(EXIT_ORPHANED)
+    return cast("dict[str, Any]", msgpack.unpackb(boot))
+
+
+def main() -> int:
+    """The process: parses its arguments, binds its life to the trainer's, and serves."""
+    parser = argparse.ArgumentParser(prog="python -m aiorl.environments.worker", allow_abbrev=False)
+    parser.add_argument("--connect", required=True, help="the trainer's endpoint")
+    parser.add_argument("--worker", type=int, required=True, help="this worker's number")
+    parser.add_argument("--incarnation", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True, help="the trainer's process")
+    parser.add_argument("--lifeline", type=int, required=True, help="descriptor of a pipe that closes with the trainer")
+    arguments = parser.parse_args()
+    _end_with_parent(arguments.parent)
+    faulthandler.enable()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    with open(arguments.lifeline, "rb", buffering=0) as lifeline:  # noqa: PTH123 - a descriptor, not a path
+        boot = read_boot(lifeline)
+        sys.path[:] = boot["path"]
+        _hold(lifeline)
+        with zmq.Context() as context:
+            try:
+                serve(
+                    context,
+                    arguments.connect,
+                    worker=arguments.worker,
+                    incarnation=arguments.incarnation,
+                    identity=boot["identity"],
+                    token=boot["token"],
+                )
+            except _Terminated:
+                return 128 + signal.SIGTERM
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,407 @@
+"""The update: one sealed epoch in, better weights and their figures out.
+
+    sealed epoch ──gather──► trajectories ──values──► task's postprocessing ──► dataset ──minibatches──► optimizer steps
+
+| loop            | consumes           | waits for                                              | ends when                              |
+|-----------------|--------------------|--------------------------------------------------------|----------------------------------------|
+| an update       | one sealed epoch   | its own computations, hooks, a pause, acting to be quiet | every pass is done, or the task says so |
+
+An update is always M = max(1, round(num_epoch_samples / minibatch_size)) minibatches of nearly equal size per pass, padded to one static
+number of rows with weight 0.
+
+Dimensions: B rows of the epoch, R static rows of a minibatch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from aiorl.errors import NaNError, NonFiniteError
+from aiorl.learning.optim import SampleSchedule
+from aiorl.monitoring.metrics import WeightedMeans
+from aiorl.tasks.base import ReinforcementLearningTask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from aiorl.compute.device import Placement
+    from aiorl.learning.config import ReinforcementLearningTrainerConfig
+    from aiorl.models.base import Model
+    from aiorl.sampling.pages import PagePool
+    from aiorl.sampling.trajectory import SealedEpoch, TrajectoryBatch
+    from aiorl.tasks.base import Hooks, State
+
+logger = logging.getLogger(__name__)
+
+_QUIET_TURNS = 8
+_PREPARE_ROWS = 16_384
+_MAX_NAMES = 5
+
+
+@dataclass(slots=True)
+class Update:
+    """What an update did.
+
+    Attributes:
+        num_rows: B.
+        num_trajectories: Trajectories among them.
+        metrics: ``learner/...``, means over the update.
+        lag_mean: Mean policy lag of the rows, in versions.
+        lag_max: Largest policy lag of a row.
+        prepare_s: Seconds from the sealed epoch to the dataset.
+        learn_s: Seconds of minibatches.
+        complete: False where it was told to stop before its end.
+    """
+
+    num_rows: int
+    num_trajectories: int
+    metrics: dict[str, float]
+    lag_mean: float
+    lag_max: int
+    prepare_s: float
+    learn_s: float
+    complete: bool
+
+
+@dataclass(slots=True)
+class _Step:
+    """A minibatch on its way through the train step."""
+
+    batch: dict[str, Tensor]
+    output: Any = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Learner:
+    """Learns from sealed epochs.
+
+    Args:
+        model: What learns; its parameters are on `device`.
+        task: Says what the loss is.
+        optimizer: Over the model's parameters.
+        scheduler: Of its learning rate.
+        config: ``[trainer]``.
+        state: Counters; the learner keeps those of steps.
+        hooks: Called around steps.
+        placement: Where computations run.
+        device: Where the model is.
+        max_overshoot: Rows by which an epoch may exceed ``num_epoch_samples``.
+        quiet: Whether nothing waits to be acted on.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        task: ReinforcementLearningTask,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        config: ReinforcementLearningTrainerConfig,
+        state: State,
+        hooks: Hooks,
+        placement: Placement,
+        device: torch.device,
+        max_overshoot: int,
+        quiet: Callable[[], bool],
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.running = asyncio.Event()  # cleared by a pause
+        self.running.set()
+        self._task = task
+        self._config = config
+        self._state = state
+        self._hooks = hooks
+        self._placement = placement
+        self._device = device
+        self._quiet = quiet
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        size = config.sampling.num_epoch_samples
+        self._num_minibatches = max(1, round(size / (task.minibatch_size or size)))
+        self._static_rows = math.ceil((size + max_overshoot) / self._num_minibatches)
+        self._num_skipped_in_a_row = 0
+        self._num_skipped = 0
+        self._norms: list[Tensor] = []
+        self._stopping = False
+        self.held = asyncio.Event()  # set while no update computes: there is none, or a pause holds it back
+        self.held.set()
+
+    def stop(self) -> None:
+        """Ends the update that is under way after its current minibatch."""
+        self._stopping = True
+        self.running.set()
+
+    def reconfigure(self, config: ReinforcementLearningTrainerConfig) -> None:
+        """Goes by `config` from the next minibatch on."""
+        self._config = config
+
+    async def learn(self, sealed: SealedEpoch, pool: PagePool) -> Update:
+        """Learns from an epoch and gives its pages back.
+
+        Cancelling waits for the computation that is under way, and leaves the weights between two optimizer steps.
+
+        Raises:
+            NonFiniteError: Too many steps in a row were not finite.
+            NaNError: A parameter is not finite.
+        """
+        self.held.clear()
+        try:
+            return await self._learn(sealed, pool)
+        finally:
+            self.held.set()
+
+    async def _learn(self, sealed: SealedEpoch, pool: PagePool) -> Update:
+        state, task = self._state, self._task
+        started = time.perf_counter()
+        try:
+            batch, dataset = await self._placement.call(self._prepare, sealed)
+        finally:
+            sealed.release(pool)
+        state.num_epoch_samples = len(batch)
+        means = WeightedMeans()
+        for name, value in task.take_logged().items():
+            means.add(name, _scalar(value))
+        lags = state.policy_version - batch.versions
+        prepared = time.perf_counter()
+        num_passes = 0
+        self._norms.clear()
+        self._num_skipped = 0
+        self._step_schedule(per_epoch=True)
+        for _ in range(task.num_update_epochs):
+            figures = await self._pass(dataset, len(batch), num_passes, means)
+            num_passes += 1
+            if self._stopping or task.update_is_over(state, figures):
+                break
+        await self._placement.call(self._check_parameters)
+        metrics = {f"learner/{name}": value for name, value in means.compute().items()}
+        if self._norms:
+            metrics["learner/grad_norm"] = float(torch.stack(self._norms).mean())
+        metrics["learner/lr"] = float(self.optimizer.param_groups[0]["lr"])
+        metrics["learner/num_steps"] = state.num_steps
+        metrics["learner/num_update_passes"] = num_passes
+        metrics["learner/skipped_steps"] = self._num_skipped
+        return Update(
+            len(batch),
+            len(batch.starts),
+            metrics,
+            float(lags.mean()),
+            int(lags.max()),
+            prepared - started,
+            time.perf_counter() - prepared,
+            complete=not self._stopping,
+        )
+
+    # ------------------------------------------------------------------ preparation
+    def _prepare(self, sealed: SealedEpoch) -> tuple[TrajectoryBatch, dict[str, Tensor]]:
+        """Trajectories, their values under the weights as they are, and the dataset."""
+        task = self._task
+        batch = sealed.gather()
+        self._evaluate(batch)
+        if type(task).postprocess_trajectory is not ReinforcementLearningTask.postprocess_trajectory:
+            for trajectory in batch.trajectories():
+                batch.replace(trajectory, task.postprocess_trajectory(trajectory))
+        batch = task.postprocess_trajectories(batch)
+        arrays = task.build_rl_dataset(batch)
+        return batch, {name: torch.as_tensor(array, device=self._device) for name, array in arrays.items()}
+
+    @torch.no_grad()
+    def _evaluate(self, batch: TrajectoryBatch) -> None:
+        """The value of every row and of every bootstrap, in one pass; with a lag, the log-probabilities too.
+
+        A model without `value` (a task that needs none) leaves every value 0.
+        """
+        lagging = self._config.sampling.max_policy_lag > 0
+        num_rows = len(batch)
+        values = np.zeros(num_rows + len(batch.bootstrap_rows), np.float32)
+        evaluate = getattr(self.model, "value", None)
+        if evaluate is not None:
+            observations = np.concatenate([batch.observations, batch.bootstrap_observations])
+            for begin in range(0, len(values), _PREPARE_ROWS):
+                chunk = torch.as_tensor(observations[begin : begin + _PREPARE_ROWS], device=self._device)
+                values[begin : begin + _PREPARE_ROWS] = evaluate(chunk).float().cpu().numpy()
+        batch.set_values(values[:num_rows], values[num_rows:])
+        if lagging:
+            log_probs = np.empty(num_rows, np.float32)
+            for begin in range(0, num_rows, _PREPARE_ROWS):
+                rows = slice(begin, begin + _PREPARE_ROWS)
+                chosen = self._task.get_actions(
+                    self.model, torch.as_tensor(batch.observations[rows], device=self._device), False
+                )
+                if isinstance(chosen, tuple):  # a task that draws for itself: its old log-probabilities must do
+                    return
+                actions = torch.as_tensor(batch.actions[rows], device=self._device)
+                log_probs[rows] = chosen.log_prob(actions).float().cpu().numpy()
+            batch.extras["start_log_probs"] = log_probs
+
+    # ------------------------------------------------------------------ minibatches
+    async def _pass(
+        self, dataset: dict[str, Tensor], num_rows: int, number: int, means: WeightedMeans
+    ) -> Mapping[str, float]:
+        """One pass over the dataset. Returns the means of what was logged during it."""
+        state, hooks = self._state, self._hooks
+        within = WeightedMeans()
+        order = np.random.default_rng([self._config.seed, state.num_epochs, number]).permutation(num_rows)
+        for rows in np.array_split(order, self._num_minibatches):
+            if not len(rows):
+                continue
+            await self._gate()
+            if self._stopping:
+                break
+            if hooks.overridden("on_step_start"):
+                await hooks.call("on_step_start", state)
+            losses, logged = await self._train_step(self._minibatch(dataset, rows))
+            for name, loss in logged.items():
+                value = _scalar(loss, rows=len(rows))
+                within.add(name, value, len(rows))
+                means.add(name, value, len(rows))
+            means.add("loss", losses, len(rows))
+            if hooks.overridden("on_step_end"):
+                await hooks.call("on_step_end", state)
+            await self._yield_to_acting()
+        return within.compute()
+
+    def _minibatch(self, dataset: dict[str, Tensor], rows: Any) -> dict[str, Tensor]:
+        """R rows: those asked for with weight 1, then repetitions with weight 0."""
+        size = max(self._static_rows, len(rows))
+        weights = np.zeros(size, np.float32)
+        weights[: len(rows)] = 1.0
+        index = torch.as_tensor(np.resize(rows, size), device=self._device)
+        batch = {name: values.index_select(0, index) for name, values in dataset.items()}
+        batch["weights"] = torch.as_tensor(weights, device=self._device)
+        return batch
+
+    async def _train_step(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Forward, loss, backward, step. Returns the loss, and what the task logged."""
+        call, hooks, state = self._placement.call, self._hooks, self._state
+        step = _Step(batch)
+        if any(
+            hooks.overridden(name)
+            for name in ("on_before_forward_step", "on_after_forward_step", "on_after_compute_loss")
+        ):
+            await hooks.call("on_before_forward_step", state)
+            await call(self._forward, step)
+            await hooks.call("on_after_forward_step", state)
+            await call(self._losses, step)
+            await hooks.call("on_after_compute_loss", state)
+            loss = await call(self._backward, step)
+        else:
+            loss = await call(self._whole, step)
+        return loss, self._task.take_logged()
+
+    def _whole(self, step: _Step) -> Tensor:
+        self._forward(step)
+        self._losses(step)
+        return self._backward(step)
+
+    def _forward(self, step: _Step) -> None:
+        step.output = self._task.run_model(self.model, step.batch, self._state)
+
+    def _losses(self, step: _Step) -> None:
+        losses = self._task.compute_loss(self.model, step.batch, self._state, step.output)
+        named = losses if isinstance(losses, dict) else {"loss": losses}
+        weights = step.batch["weights"]
+        step.losses = {
+            name: loss if loss.ndim == 0 else (loss * weights).sum() / weights.sum() for name, loss in named.items()
+        }
+
+    def _backward(self, step: _Step) -> Tensor:
+        """Backward, clipping, and the optimizer's step unless something is not finite."""
+        loss = (
+            torch.stack(list(step.losses.values())).sum() if len(step.losses) > 1 else next(iter(step.losses.values()))
+        )
+        self.optimizer.zero_grad(set_to_none=self._config.set_to_none)
+        loss.backward()
+        norm = self._clip()
+        state = self._state
+        if bool(torch.isfinite(norm)) and bool(torch.isfinite(loss)):
+            self.optimizer.step()
+            self._step_schedule(per_epoch=False)
+            self._num_skipped_in_a_row = 0
+            self._norms.append(norm)
+            state.num_steps += 1
+            state.num_epoch_steps += 1
+        else:
+            self._skip(step.losses)
+        return loss.detach()
+
+    def _clip(self) -> Tensor:
+        """Clips the gradients' norm where that is asked for. Returns the norm before clipping, a scalar."""
+        limit = self._config.clip_grad_norm
+        order = self._config.clip_grad_norm_type
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, order)
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
+        return norm
+
+    def _skip(self, losses: dict[str, Tensor]) -> None:
+        """Leaves a step out, names what was not finite, and gives up when that goes on."""
+        names = [f"the loss {name!r}" for name, loss in losses.items() if not bool(torch.isfinite(loss))]
+        names += [
+            f"the gradient of {name}"
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+        ]
+        what = ", ".join(names[:_MAX_NAMES]) + (
+            f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+        )
+        self._num_skipped += 1
+        self._num_skipped_in_a_row += 1
+        logger.warning("optimizer step skipped, not finite: %s", what or "the gradient's norm")
+        if self._num_skipped_in_a_row > self._config.max_consecutive_skips:
+            raise NonFiniteError(
+                f"{self._num_skipped_in_a_row} optimizer steps in a row were not finite (max_consecutive_skips = "
+                f"{self._config.max_consecutive_skips}); the last: {what or 'the norm of the gradient'}"
+            )
+
+    def _check_parameters(self) -> None:
+        """Raises `NaNError` where a parameter is not finite."""
+        if bool(torch.isfinite(torch.stack([parameter.detach().sum() for parameter in self._parameters])).all()):
+            return
+        names = [name for name, value in self.model.named_parameters() if not bool(torch.isfinite(value).all())]
+        if names:
+            raise NaNError(names[:_MAX_NAMES])
+
+    def _step_schedule(self, *, per_epoch: bool) -> None:
+        """Moves the learning rate: schedules over samples once an epoch, before its first step, others after each step."""
+        if isinstance(self.scheduler, SampleSchedule):
+            if per_epoch:
+                self.scheduler.num_samples = self._state.num_samples
+                self.scheduler.step()
+        elif not per_epoch:
+            self.scheduler.step()
+
+    # ------------------------------------------------------------------ giving way
+    async def _gate(self) -> None:
+        """Holds the update back while the run is paused."""
+        if not self.running.is_set():
+            self.held.set()
+            await self.running.wait()
+            self.held.clear()
+
+    async def _yield_to_acting(self) -> None:
+        """Lets the loop turn until nothing waits to be acted on; at most 8 turns."""
+        for _ in range(_QUIET_TURNS):
+            await asyncio.sleep(0)
+            if self._quiet():
+                return
+
+
+def _scalar(value: Tensor | float, rows: int | None = None) -> Any:
+    """A logged figure as a scalar; of one number per row, the mean over the first `rows`, which are those that count."""
+    if isinstance(value, float | int) or value.ndim == 0:
+        return value
+    return value[:rows].mean()

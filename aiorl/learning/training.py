@@ -1,0 +1,369 @@
+"""The epoch loop: sealed epochs in, published weights, records, reports and checkpoints out.
+
+    channel ──► learner ──► policy (a new version) ──► rollout (the next epoch may open)
+                   └──────► record, report, checkpoint
+
+| loop            | consumes         | waits for                                          | unblocked by                    | ends when                                  |
+|-----------------|------------------|----------------------------------------------------|---------------------------------|--------------------------------------------|
+| `Training.run`  | sealed epochs    | an epoch, the update, a place for its record       | rollout, learner, recorder      | a limit is met; stopped and nothing is open |
+| a save          | one snapshot     | the checkpoint store's thread                      | the disk                        | the checkpoint is on disk, or has failed   |
+
+While a save is under way the next checkpoint waits for its buffers: the learner waits then, never the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aiorl.errors import ChannelClosed, CheckpointError
+from aiorl.learning.snapshot import Contents
+from aiorl.monitoring.metrics import EpisodeWindow, EpochRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from aiorl.compute.device import Placement
+    from aiorl.learning.checkpoint import CheckpointStore
+    from aiorl.learning.config import ReinforcementLearningTrainerConfig
+    from aiorl.learning.learner import Learner, Update
+    from aiorl.learning.snapshot import Buffers, Snapshot
+    from aiorl.monitoring.sinks import Recorder
+    from aiorl.sampling.batcher import BatcherStatistics, MicroBatcher
+    from aiorl.sampling.channel import Channel
+    from aiorl.sampling.policy import Policy
+    from aiorl.sampling.rollout import Rollout
+    from aiorl.sampling.trajectory import SealedEpoch
+    from aiorl.tasks.base import Hooks, ReinforcementLearningTask, State
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Parts:
+    """What the epoch loop works with; the trainer builds it."""
+
+    config: ReinforcementLearningTrainerConfig
+    state: State
+    task: ReinforcementLearningTask
+    hooks: Hooks
+    window: EpisodeWindow
+    learner: Learner
+    placement: Placement
+    policy: Policy
+    batcher: MicroBatcher
+    rollout: Rollout
+    channel: Channel[SealedEpoch]
+    recorder: Recorder
+    store: CheckpointStore
+    buffers: Buffers
+    system: Callable[[], dict[str, float]]
+    incarnation: int
+
+
+class Training:
+    """The epoch loop and what can be asked of it while it runs.
+
+    Args:
+        parts: What it works with.
+        tasks: Owns the saves.
+        report: Called with each epoch's record, on the loop.
+
+    Attributes:
+        parts: What it works with.
+        given_up: Kept transitions of an epoch that was given up when the run was stopped.
+        last_step_at: ``time.perf_counter()`` after the last optimizer step.
+    """
+
+    def __init__(self, parts: Parts, tasks: asyncio.TaskGroup, report: Callable[[EpochRecord], None]) -> None:
+        self.given_up = 0
+        self.last_step_at = time.perf_counter()
+        self.parts = parts
+        self._tasks = tasks
+        self._report = report
+        self._stop_reason: str | None = None
+        self._give_up: asyncio.TimerHandle | None = None
+        self._wanted: list[asyncio.Future[Path]] = []
+        self._save: asyncio.Task[None] | None = None
+        self._failure: CheckpointError | None = None  # of the last save
+        self._between_epochs = True
+        self._num_checkpoint_steps = parts.state.num_steps
+        self._checkpointed_at = time.monotonic()
+        self._started_at = time.monotonic()
+        self._elapsed_before_s = parts.state.elapsed_time_s
+        self._epoch_ended_at = self._started_at
+        self._batches: BatcherStatistics = parts.batcher.statistics()
+
+    # ------------------------------------------------------------------ the loop
+    async def run(self) -> str:
+        """Learns until a limit is met or `stop` is called; then checkpoints. Returns why it ended.
+
+        Cancelling leaves at once, without a checkpoint.
+
+        Raises:
+            CheckpointError: The last checkpoint could not be written.
+            Exception: What the learner, the task or a hook raised.
+        """
+        parts = self.parts
+        try:
+            await parts.hooks.call("on_training_start", parts.state)
+            reason = self._limit() or await self._learn()
+            self.parts.rollout.finish()
+            self.given_up = parts.rollout.unsealed_rows()
+            await self._checkpoint(exact=parts.state.num_epochs == parts.policy.published)
+            await self._saved()
+            await parts.hooks.call("on_training_end", parts.state)
+            return reason
+        finally:
+            if self._give_up is not None:
+                self._give_up.cancel()
+            for future in self._wanted:
+                future.cancel()
+
+    async def _learn(self) -> str:
+        while True:
+            try:
+                sealed = await self.parts.channel.get()
+            except ChannelClosed:
+                return self._stop_reason or "stopped"
+            self._between_epochs = False
+            complete = await self._epoch(sealed)
+            self._between_epochs = True
+            if not complete:
+                return self._stop_reason or "stopped"
+            if reason := self._limit():
+                return reason
+
+    async def _epoch(self, sealed: SealedEpoch) -> bool:
+        """Learns one epoch. Returns False where the update was told to stop before its end."""
+        parts, state = self.parts, self.parts.state
+        await parts.hooks.call("on_epoch_start", state)
+        update = await parts.learner.learn(sealed, parts.rollout.pool)
+        self.last_step_at = time.perf_counter()
+        for episode_return, length in zip(sealed.returns, sealed.lengths, strict=True):
+            parts.window.add(episode_return, length)
+        state.num_epochs = sealed.epoch
+        state.num_samples += sealed.num_transitions
+        state.num_episodes += len(sealed.returns)
+        state.elapsed_time_s = self._elapsed_before_s + time.monotonic() - self._started_at
+        limits = parts.config
+        state.update_progress(
+            max_epochs=limits.max_epochs,
+            max_steps=limits.max_steps,
+            max_samples=limits.max_samples,
+            max_seconds=limits.max_seconds,
+        )
+        if not update.complete:
+            return False
+        state.policy_version = sealed.epoch
+        await parts.placement.call(parts.policy.publish, sealed.epoch)
+        await parts.hooks.call("on_epoch_end", state)
+        over = self._limit() is not None
+        if not over:
+            parts.rollout.learned(sealed.epoch)
+        checkpoint_s = await self._checkpoint_if_due()
+        record = self._record(sealed, update, checkpoint_s)
+        await parts.recorder.record(record)
+        self._report(record)
+        state.num_epoch_steps = 0
+        return True
+
+    def _limit(self) -> str | None:
+        """The first limit that is met, in words."""
+        state, config, window = self.parts.state, self.parts.config, self.parts.window
+        if config.target_return is not None and window.is_full and window.return_mean >= config.target_return:
+            return f"the mean return of 100 episodes reached target_return = {config.target_return:g}"
+        counts: tuple[tuple[str, float, float | None], ...] = (
+            ("max_samples", state.num_samples, config.max_samples),
+            ("max_epochs", state.num_epochs, config.max_epochs),
+            ("max_steps", state.num_steps, config.max_steps),
+            ("max_seconds", state.elapsed_time_s, config.max_seconds),
+        )
+        for name, count, limit in counts:
+            if limit is not None and count >= limit:
+                return f"{name} = {limit:g} is reached"
+        if self.parts.task.is_training_over(state):
+            return "the task says that training is over"
+        return None
+
+    # ------------------------------------------------------------------ figures
+    def _record(self, sealed: SealedEpoch, update: Update, checkpoint_s: float | None) -> EpochRecord:
+        parts, state = self.parts, self.parts.state
+        now = time.monotonic()
+        epoch_s, self._epoch_ended_at = now - self._epoch_ended_at, now
+        before, batches = self._batches, parts.batcher.statistics()
+        self._batches = batches
+        num_batches = batches.num_batches - before.num_batches
+        flushes = {name: count - before.flushes[name] for name, count in batches.flushes.items()}
+        metrics: dict[str, Any] = {
+            **parts.window.metrics(),
+            **update.metrics,
+            **parts.system(),
+            "learner/policy_version": state.policy_version,
+            "sampling/samples_per_s": sealed.num_transitions / epoch_s if epoch_s > 0 else None,
+            "sampling/kept_rows": update.num_rows,
+            "sampling/dropped_rows": sealed.num_dropped,
+            "sampling/carried_rows": sealed.num_carried,
+            "sampling/late_rows": sealed.num_late,
+            "sampling/trajectories": update.num_trajectories,
+            "sampling/lag_mean": update.lag_mean,
+            "sampling/lag_max": update.lag_max,
+            "sampling/groups": parts.rollout.num_groups,
+            "sampling/ticks": sealed.num_ticks,
+            "sampling/batches": num_batches,
+            "sampling/batch_size_mean": (batches.num_rows - before.num_rows) / num_batches if num_batches else None,
+            "sampling/batch_size_max": batches.batch_rows.max,
+            "sampling/batch_wait_p50_s": batches.wait_s.p50,
+            "sampling/batch_wait_p99_s": batches.wait_s.p99,
+            "sampling/flushes_full": flushes["size"],
+            "sampling/flushes_time": flushes["time"],
+            "sampling/flushes_early": flushes["producers"],
+            "sampling/flushes_asked": flushes["flush"] + flushes["drain"],
+            "time/epoch_s": epoch_s,
+            "time/sample_s": sealed.sample_s,
+            "time/prepare_s": update.prepare_s,
+            "time/learn_s": update.learn_s,
+            "time/checkpoint_s": checkpoint_s,
+        }
+        return EpochRecord.make(
+            epoch=sealed.epoch, num_samples=state.num_samples, time_s=state.elapsed_time_s, metrics=metrics
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+    def _due(self) -> bool:
+        config = self.parts.config.checkpoint
+        steps, seconds = config.save_every_n_steps, config.save_every_n_seconds
+        return (
+            bool(self._wanted)
+            or (steps is not None and self.parts.state.num_steps - self._num_checkpoint_steps >= steps)
+            or (seconds is not None and time.monotonic() - self._checkpointed_at >= seconds)
+        )
+
+    async def _checkpoint_if_due(self) -> float | None:
+        """Seconds that a checkpoint held the learner up, or None where none was due."""
+        if not self._due():
+            return None
+        started = time.perf_counter()
+        await self._checkpoint()
+        return time.perf_counter() - started
+
+    async def _checkpoint(self, *, exact: bool = True) -> None:
+        """Copies what a checkpoint holds, and has it written beside training."""
+        parts = self.parts
+        steps = self.parts.config.checkpoint.save_every_n_steps
+        if steps is not None:
+            self._num_checkpoint_steps = parts.state.num_steps // steps * steps
+        self._checkpointed_at = time.monotonic()
+        await parts.buffers.acquire()
+        try:
+            snapshot = await parts.placement.call(parts.buffers.copy, self._contents(exact=exact))
+        except BaseException:
+            parts.buffers.give_up()
+            raise
+        wanted, self._wanted = self._wanted, []
+        self._save = self._tasks.create_task(self._write(snapshot, wanted), name="checkpoint")
+
+    def _contents(self, *, exact: bool) -> Contents:
+        parts = self.parts
+        learner = parts.learner
+        return Contents(
+            model=learner.model.state_dict(),
+            optimizer=learner.optimizer.state_dict(),
+            scheduler=learner.scheduler.state_dict(),
+            state=parts.state.state_dict(),
+            extra={
+                "episodes": parts.window.state_dict(),
+                "noise_counts": torch.from_numpy(parts.rollout.noise_counts()),
+                "incarnation": parts.incarnation,
+            },
+            exact=exact,
+        )
+
+    async def _write(self, snapshot: Snapshot, wanted: list[asyncio.Future[Path]]) -> None:
+        """Writes a snapshot off the loop. What fails is logged, tried again at the next checkpoint, and told to who asked."""
+        parts = self.parts
+        try:
+            await parts.recorder.flush()  # the lines of metrics.jsonl reach at least as far as the checkpoint
+            path = await parts.store.save(snapshot)
+        except CheckpointError as error:
+            logger.error("no checkpoint was written, training goes on: %s", error)  # noqa: TRY400 - the cause is in the message
+            self._failure = error
+            for future in wanted:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        finally:
+            snapshot.release()
+        self._failure = None
+        for future in wanted:
+            if not future.done():
+                future.set_result(path)
+        await parts.hooks.call("on_after_save_checkpoint", parts.state)
+
+    async def _saved(self) -> None:
+        """Waits for the save that is under way, and raises where it failed."""
+        if self._save is not None:
+            await self._save
+            if self._failure is not None:
+                raise self._failure
+
+    # ------------------------------------------------------------------ requests, on the loop
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stop_reason is not None
+
+    def stop(self, reason: str) -> None:
+        """Finishes the epoch that is sampled, within ``drain_timeout``, learns it, checkpoints and ends. Idempotent."""
+        if self._stop_reason is not None:
+            return
+        self._stop_reason = reason
+        self.resume()
+        self.parts.rollout.finish()
+        self._give_up = asyncio.get_running_loop().call_later(self.parts.config.drain_timeout, self._abandon)
+
+    def _abandon(self) -> None:
+        """The time for draining is over: what is sampled or learned now is given up."""
+        logger.warning("the epoch under way was not finished within drain_timeout: it is given up")
+        self.parts.channel.close()
+        self.parts.learner.stop()
+
+    def reconfigure(self, config: ReinforcementLearningTrainerConfig) -> None:
+        """Goes by `config` from now on; only limits, intervals and the clipping of gradients may differ."""
+        self.parts.config = config
+        self.parts.learner.reconfigure(config)
+
+    async def pause(self) -> None:
+        """Holds sampling and learning; returns when no step is outstanding and no minibatch computes."""
+        self.parts.learner.running.clear()
+        await self.parts.rollout.pause()
+        await self.parts.learner.held.wait()
+
+    def resume(self) -> None:
+        """Goes on after a pause."""
+        self.parts.learner.running.set()
+        self.parts.rollout.resume()
+
+    async def save_checkpoint(self) -> Path:
+        """A checkpoint at the next epoch end, or now while paused between epochs. Cancelling leaves it to be written.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        future: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
+        self._wanted.append(future)
+        if self._between_epochs and self.parts.rollout.ledger.paused:
+            await self._checkpoint()
+        return await asyncio.shield(future)
+
+    def request_checkpoint(self) -> None:
+        """A checkpoint at the next epoch end, without waiting for it."""
+        future: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._wanted.append(future)

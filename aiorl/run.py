@@ -1,0 +1,539 @@
+"""A run as an object: opened inside somebody's loop by `open_run`, or run to its end with a loop and signals of its own by `run`.
+
+| what waits                    | for                                  | unblocked by                   | ends otherwise with                      |
+|-------------------------------|--------------------------------------|--------------------------------|------------------------------------------|
+| ``async for epoch in run``    | the next epoch's report              | the epoch loop                 | the run's end; its failure, when leaving |
+| `Run.wait`                    | the run's end                        | the epoch loop                 | cancelled with the body, when it fails   |
+| leaving `open_run`            | the epoch that is open, a checkpoint | ``drain_timeout`` at the latest| a second cancellation                    |
+
+Reports that nobody reads queue up to 1,000; beyond that the oldest is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import signal
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from aiorl.config import Config, differences, load_config, to_toml, with_values
+from aiorl.environments.supervisor import preflight
+from aiorl.errors import AiorlError, CheckpointMissing, ConfigError, Fault, RunMismatch, UnsupportedSpace
+from aiorl.learning.checkpoint import CheckpointStore
+from aiorl.learning.optim import build_lr_scheduler, build_optimizer, set_learning_rate
+from aiorl.models.base import build_model
+from aiorl.monitoring.folder import RunFolder, log_to
+from aiorl.tasks.base import Callback, ReinforcementLearningTask, build_task
+from aiorl.trainer import Outcome, ReinforcementLearningTrainer, Session, first_cause
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+
+    from aiorl.environments.supervisor import Workers
+    from aiorl.learning.optim import LRSchedulerFactory, OptimizerFactory
+    from aiorl.learning.snapshot import Contents
+    from aiorl.learning.training import Training
+    from aiorl.models.base import Model
+    from aiorl.monitoring.metrics import EpochRecord
+
+logger = logging.getLogger(__name__)
+
+MAX_UNREAD_REPORTS = 1_000
+
+Resume = Literal["auto", "never", "must"]
+
+
+@dataclass(frozen=True, slots=True)
+class EpochReport:
+    """What one learned epoch brought.
+
+    Attributes:
+        epoch: Its number, from 1.
+        num_samples: Environment transitions of the whole run so far.
+        policy_version: Version of the weights that it made.
+        episode_return_mean: Over the last 100 episodes; nan before the first.
+        episodes: Episodes of the whole run so far.
+        samples_per_s: Environment transitions per second of the epoch, its learning included.
+        metrics: Every metric, by ``group/name``; None for what is missing or not finite.
+    """
+
+    epoch: int
+    num_samples: int
+    policy_version: int
+    episode_return_mean: float
+    episodes: int
+    samples_per_s: float
+    metrics: Mapping[str, float | None]
+
+    @classmethod
+    def of(cls, record: EpochRecord) -> EpochReport:
+        """The report that says what `record` says."""
+
+        def figure(name: str) -> float:
+            value = record.metrics[name]
+            return math.nan if value is None else value
+
+        return cls(
+            epoch=record.epoch,
+            num_samples=record.num_samples,
+            policy_version=int(figure("learner/policy_version")),
+            episode_return_mean=figure("episode/return_mean"),
+            episodes=int(figure("episode/num_episodes")),
+            samples_per_s=figure("sampling/samples_per_s"),
+            metrics=record.metrics,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatistics:
+    """A look at a run while it goes on.
+
+    Attributes:
+        status: ``"running"``, ``"paused"``, ``"stopping"`` or ``"ended"``.
+        counters: The counters of `State`, by name.
+        episode_return_mean: Over the last 100 episodes; nan before the first.
+        waits_for: What sampling waits for, in words.
+        batcher: Figures of the micro-batcher.
+        workers: Figures of the workers and their link.
+        metrics: Those of the last epoch.
+    """
+
+    status: str
+    counters: Mapping[str, int | float]
+    episode_return_mean: float
+    waits_for: str
+    batcher: Any
+    workers: Mapping[str, float]
+    metrics: Mapping[str, float | None]
+
+
+class Run:
+    """A run that is going on. `open_run` makes it; all of it belongs to the loop that it was opened in.
+
+    Attributes:
+        folder: Where its files are.
+        config: Its configuration, with what `set` changed.
+        outcome: How it ended; None before.
+    """
+
+    def __init__(self, config: Config, folder: Path, training: Training, workers: Workers) -> None:
+        self.config = config
+        self.folder = folder
+        self.outcome: Outcome | None = None
+        self._training = training
+        self._workers = workers
+        self._reports: deque[EpochReport] = deque(maxlen=MAX_UNREAD_REPORTS)
+        self._news = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._last: EpochReport | None = None
+
+    # ------------------------------------------------------------------ watching
+    def __aiter__(self) -> Run:
+        """Reports of epochs, each given once."""
+        return self
+
+    async def __anext__(self) -> EpochReport:
+        """The oldest report that nobody has read; waits for the next one. Ends with the run."""
+        while not self._reports:
+            if self._ended.is_set():
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        return self._reports.popleft()
+
+    async def wait(self) -> Outcome:
+        """Waits until the run has ended by itself or was stopped. Cancelling the wait leaves the run alone."""
+        await self._ended.wait()
+        assert self.outcome is not None
+        return self.outcome
+
+    def statistics(self) -> RunStatistics:
+        """A look at the run; works after its end too."""
+        parts = self._training.parts
+        status = (
+            "ended"
+            if self._ended.is_set()
+            else "stopping"
+            if self._training.stopped
+            else "paused"
+            if parts.rollout.ledger.paused
+            else "running"
+        )
+        return RunStatistics(
+            status=status,
+            counters=parts.state.state_dict(),
+            episode_return_mean=parts.window.return_mean,
+            waits_for=parts.rollout.ledger.describe(),
+            batcher=parts.batcher.statistics(),
+            workers=self._workers.statistics(),
+            metrics=self._last.metrics if self._last is not None else {},
+        )
+
+    def add_callback(self, callback: Callback) -> None:
+        """Tells `callback` about the run from now on, after the task and the callbacks before it."""
+        self._training.parts.hooks.register(callback)
+
+    # ------------------------------------------------------------------ steering
+    async def pause(self) -> None:
+        """Holds sampling and learning. Returns when no step is outstanding and no minibatch computes."""
+        await self._training.pause()
+
+    async def resume(self) -> None:
+        """Goes on after `pause`."""
+        self._training.resume()
+
+    async def save_checkpoint(self) -> Path:
+        """Writes a checkpoint at the next epoch end, or now while the run is paused between epochs.
+
+        Returns:
+            Its folder. Cancelling the wait does not call the checkpoint off.
+
+        Raises:
+            CheckpointError: It could not be written; the run goes on.
+            AiorlError: The run has ended.
+        """
+        if self._ended.is_set():
+            raise AiorlError("the run has ended; its last checkpoint is in its folder")
+        return await self._training.save_checkpoint()
+
+    def request_checkpoint(self) -> None:
+        """Asks for a checkpoint at the next epoch end, without waiting for it."""
+        self._training.request_checkpoint()
+
+    def stop(self, reason: str = "stopped") -> None:
+        """Lets the epoch that is open be finished, within ``drain_timeout``, and ends the run with a checkpoint."""
+        self._training.stop(reason)
+
+    def set(self, path: str, value: Any) -> None:
+        """Changes a setting while the run goes on, from the next minibatch or epoch on.
+
+        Args:
+            path: TOML path: ``optimizer.lr``; a stop condition, ``drain_timeout``, the clipping of gradients or the checkpoint
+                intervals of ``[trainer]``; a coefficient of ``[task]``.
+            value: As in the configuration.
+
+        Raises:
+            ConfigError: There is no such setting, it cannot be changed in a run that goes on, or the value is wrong. Nothing
+                is changed then.
+        """
+        if not _changeable(path):
+            remedy = "stop the run, and resume it with the other value"
+            raise ConfigError([Fault(path, "cannot be changed while a run goes on", repr(value), remedy, "Run.set")])
+        config = with_values(self.config, {path: value}, source="Run.set")
+        parts = self._training.parts
+        if path == "optimizer.lr":
+            set_learning_rate(parts.learner.optimizer, parts.learner.scheduler, config.optimizer.lr)
+        elif path.startswith("task."):
+            parts.task.reconfigure(config.task)
+        else:
+            self._training.reconfigure(config.trainer)
+        logger.info("%s is %r from now on", path, value)
+        self.config = config
+
+    # ------------------------------------------------------------------ for open_run
+    def _report(self, record: EpochRecord) -> None:
+        self._last = EpochReport.of(record)
+        self._reports.append(self._last)
+        self._news.set()
+
+    def _end(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self._ended.set()
+        self._news.set()
+
+
+_CHANGEABLE = frozenset(
+    {
+        "optimizer.lr",
+        "trainer.max_epochs",
+        "trainer.max_steps",
+        "trainer.max_samples",
+        "trainer.max_seconds",
+        "trainer.target_return",
+        "trainer.drain_timeout",
+        "trainer.clip_grad_norm",
+        "trainer.max_consecutive_skips",
+        "trainer.checkpoint.save_every_n_steps",
+        "trainer.checkpoint.save_every_n_seconds",
+    }
+)
+_FIXED_OF_TASK = frozenset({"task.name", "task.minibatch_size"})
+
+
+def _changeable(path: str) -> bool:
+    own = path.startswith("task.") and not path.startswith("task.environment") and path not in _FIXED_OF_TASK
+    return own or path in _CHANGEABLE
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """What is built before the trainer starts."""
+
+    task: ReinforcementLearningTask
+    model: Model
+    optimizer: OptimizerFactory
+    lr_scheduler: LRSchedulerFactory
+    folder: RunFolder
+
+
+def check(config: Config, task: ReinforcementLearningTask | None = None, model: Model | None = None) -> Model:
+    """Preflight: builds one environment and the model, and looks at the run's folder, without starting anything. Blocks.
+
+    Returns:
+        The model, its weights drawn from the run's seed.
+
+    Raises:
+        ConfigError: With every fault found.
+    """
+    trainer = config.trainer
+    faults = RunFolder.faults(trainer.exp_dir, trainer.exp_name)
+    try:
+        info = preflight((task or build_task(config.task)).get_environment())
+        if model is None:
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(trainer.seed)
+                model = build_model(config.model, info)
+    except ConfigError as error:
+        faults.extend(error.faults)
+    except UnsupportedSpace as error:
+        remedy = "choose another environment, or wrap it"
+        faults.append(Fault("task.environment.id", str(error), f'"{config.task.environment.id}"', remedy))
+    if faults or model is None:
+        raise ConfigError(faults)
+    return model
+
+
+def _prepare(
+    config: Config,
+    task: ReinforcementLearningTask | None,
+    model: Model | None,
+    optimizer: OptimizerFactory | None,
+    lr_scheduler: LRSchedulerFactory | None,
+) -> _Prepared:
+    """Builds task and model and makes the folder. Blocks."""
+    task = task or build_task(config.task)
+    model = check(config, task, model)
+    trainer = config.trainer
+    return _Prepared(
+        task,
+        model,
+        optimizer or build_optimizer(config.optimizer),
+        lr_scheduler or build_lr_scheduler(config.lr_scheduler, trainer.total_samples),
+        RunFolder.create(trainer.exp_dir, trainer.exp_name, log_dir_name=trainer.log_dir_name),
+    )
+
+
+def _restore(config: Config, folder: RunFolder, resume: Resume) -> Contents | None:
+    """What the run goes on from, after comparing configurations; writes the folder's first files. Blocks.
+
+    Raises:
+        CheckpointMissing: ``resume = "must"`` and there is nothing to resume.
+        RunMismatch: The folder's run was configured otherwise, or must not be gone on from.
+    """
+    restored: Contents | None = None
+    if folder.holds_checkpoint:
+        if resume == "never":
+            raise RunMismatch(
+                f"{folder.path} holds a run already: choose another trainer.exp_dir, or resume it", folder=folder.path
+            )
+        if folder.config_file.exists():
+            changed = differences(load_config(folder.config_file), config)
+            if changed:
+                lines = "\n".join(f"  {difference}" for difference in changed)
+                raise RunMismatch(
+                    f"the run in {folder.path} was made with another configuration:\n{lines}\n"
+                    "set these back, or choose another trainer.exp_dir",
+                    folder=folder.path,
+                )
+        restored = CheckpointStore(folder.checkpoints, only_most_recent=True).load().contents
+    elif resume == "must":
+        raise CheckpointMissing(
+            f"{folder.path} holds no checkpoint to resume: name the run's folder as trainer.exp_dir"
+        )
+    folder.write_config(to_toml(config))
+    folder.write_provenance()
+    return restored
+
+
+@contextlib.asynccontextmanager
+async def open_run(
+    config: Config,
+    task: ReinforcementLearningTask | None = None,
+    model: Model | None = None,
+    optimizer: OptimizerFactory | None = None,
+    lr_scheduler: LRSchedulerFactory | None = None,
+    *,
+    callbacks: Iterable[Callback] = (),
+    resume: Resume = "auto",
+) -> AsyncIterator[Run]:
+    """Opens a run in the running loop: it trains from here on, whether it is iterated or not.
+
+    Touches neither signals nor the loop's policy, logging or random state of its host. Leaving the context lets the open epoch be
+    finished and learned, within ``drain_timeout``, and leaves a checkpoint; leaving it with an exception, or cancelled, ends the
+    run at once. Where the run fails, the body is cancelled, as a task group's would be, and the failure itself is raised.
+
+    Args:
+        config: What `load_config` returned.
+        task: Instead of the one that ``[task]`` names; likewise the others.
+        model: The model.
+        optimizer: ``(params) -> torch.optim.Optimizer``.
+        lr_scheduler: ``(optimizer) -> torch.optim.lr_scheduler.LRScheduler``.
+        callbacks: Told about the run, after the task.
+        resume: ``"auto"`` goes on from the newest checkpoint in ``exp_dir`` where there is one, ``"never"`` refuses to, ``"must"``
+            refuses to start anew.
+
+    Raises:
+        ConfigError: Something that was configured cannot be had; nothing was started.
+        RunFolderError: The run's folder is in use, or another run's.
+        AiorlError: Why the run failed; see `aiorl.errors`.
+    """
+    started_at = time.perf_counter()
+    prepared = await asyncio.to_thread(_prepare, config, task, model, optimizer, lr_scheduler)
+    folder = prepared.folder
+    with folder.lock():
+        restored = await asyncio.to_thread(_restore, config, folder, resume)
+        ready: asyncio.Future[Run] = asyncio.get_running_loop().create_future()
+
+        def start(training: Training, workers: Workers) -> None:
+            run = Run(config, folder.path, training, workers)
+            session.report = run._report  # noqa: SLF001
+            ready.set_result(run)
+
+        session = Session(folder, restored, tuple(callbacks), started_at, ready=start)
+        trainer = ReinforcementLearningTrainer(config.trainer, link=config.link, logger=config.logger)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                training = tasks.create_task(
+                    trainer.run_session(
+                        session, prepared.model, prepared.task, prepared.optimizer, prepared.lr_scheduler
+                    ),
+                    name="aiorl run",
+                )
+                run = await ready
+                training.add_done_callback(
+                    lambda done: None if done.cancelled() or done.exception() else run._end(done.result())  # noqa: SLF001
+                )
+                try:
+                    yield run
+                except BaseException:
+                    training.cancel()
+                    raise
+                run.stop("its context was left")
+        except BaseExceptionGroup as group:
+            cause = first_cause(group)
+            raise cause from cause.__cause__
+        finally:
+            if ready.done() and not ready.cancelled() and ready.result().config is not config:
+                folder.write_config(to_toml(ready.result().config))
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What `run` returns.
+
+    Attributes:
+        folder: The run's folder.
+        outcome: How it ended.
+        signal: The signal that stopped it; None where none did.
+    """
+
+    folder: Path
+    outcome: Outcome
+    signal: signal.Signals | None
+
+
+def run(
+    config: Config,
+    *,
+    resume: Resume = "auto",
+    callbacks: Iterable[Callback] = (),
+    opened: Callable[[Run], Any] | None = None,
+    beside: Callable[[Run], Any] | None = None,
+) -> RunResult:
+    """Runs to the end, with a loop and signal handlers of its own. Blocks; to be called in the main thread.
+
+    SIGUSR1 asks for a checkpoint at the next epoch end. SIGTERM and the first SIGINT finish the open epoch, within
+    ``drain_timeout``, checkpoint and end; a second SIGINT ends at once.
+
+    Args:
+        config: What `load_config` returned.
+        resume: As for `open_run`.
+        callbacks: Told about the run, after the task.
+        opened: Called on the loop with the run, before its first step.
+        beside: ``async (run) -> None``, runs beside the training; its end stops the run.
+
+    Raises:
+        AiorlError: Why the run failed, first cause first.
+    """
+    import torch._dynamo  # the first optimizer needs it, and importing it would stall the loop
+
+    with asyncio.Runner(loop_factory=_loop_factory(config.trainer.loop)) as runner:
+        return runner.run(_run(config, resume, tuple(callbacks), opened, beside))
+
+
+def _loop_factory(name: Literal["auto", "asyncio", "uvloop"]) -> Callable[[], asyncio.AbstractEventLoop]:
+    if name != "asyncio":
+        try:
+            import uvloop
+        except ImportError as error:
+            if name == "uvloop":
+                remedy = 'install uvloop, or set it to "auto"'
+                raise ConfigError([Fault("trainer.loop", "uvloop is not installed", '"uvloop"', remedy)]) from error
+        else:
+            return uvloop.new_event_loop
+    return asyncio.new_event_loop
+
+
+async def _run(
+    config: Config,
+    resume: Resume,
+    callbacks: tuple[Callback, ...],
+    opened: Callable[[Run], Any] | None,
+    beside: Callable[[Run], Any] | None,
+) -> RunResult:
+    loop = asyncio.get_running_loop()
+    main = asyncio.current_task()
+    assert main is not None
+    runs: list[Run] = []
+    received: list[signal.Signals] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        first = not received
+        received.append(number)
+        if runs and first:
+            logger.info("%s: finishing the open epoch, then a checkpoint", number.name)
+            runs[0].stop(f"stopped by {number.name}")
+        elif not runs or number is signal.SIGINT:
+            main.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal, number)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: runs[0].request_checkpoint() if runs else None)
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            run = await stack.enter_async_context(open_run(config, callbacks=callbacks, resume=resume))
+            runs.append(run)
+            stack.enter_context(log_to(RunFolder(run.folder, config.trainer.log_dir_name)))
+            if opened is not None:
+                opened(run)
+            if beside is not None:
+                await beside(run)
+                run.stop("its console was left")
+            outcome = await run.wait()
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        main.uncancel()
+        outcome = runs[0].outcome if runs else None
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            loop.remove_signal_handler(number)
+    return RunResult(runs[0].folder if runs else Path(), outcome, received[0] if received else None)

@@ -1,0 +1,406 @@
+"""Where transitions lie between the step that made them and the update that learns from them.
+
+A *page* is C consecutive ticks of one group, written in place, row by row, as they happen. A group's *track* is its sequence of
+pages and what is known of its episodes. At a seal the track hands out a *segment*: the rows of that epoch, as index ranges over its
+pages, which the learner gathers into one batch; a page goes back to its pool when each of its rows is learned or dropped.
+
+Dimensions: C ticks of a page, K environments of a group, T ticks of a segment.
+
+| bound                      | what happens when it is reached                                                                          |
+|----------------------------|----------------------------------------------------------------------------------------------------------|
+| pages of the pool          | never: a step is granted only with its place at hand, and `PagePool.capacity_for` counts what can be held |
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from aiorl.environments.make import Tick
+    from aiorl.environments.spaces import ArraySpec
+
+TERMINATED, TRUNCATED, CUT, REAL = (
+    1,
+    2,
+    4,
+    8,
+)  # the bits of a row's flags; REAL: a transition, not an autoreset's empty step
+
+_YOUNG, _DROPPED = -1, -2  # what `keep` says of rows that no tick has made worth keeping
+
+PAGE_TICKS = 32
+
+
+class Page:
+    """C ticks of one group.
+
+    Attributes:
+        observations: ``[C, K, *shape]``, what each action was chosen from.
+        actions: ``int64 [C, K]``.
+        log_probs: ``float32 [C, K]``, of the action under the weights that chose it.
+        rewards: ``float32 [C, K]``.
+        flags: ``uint8 [C, K]``, the bits above.
+        versions: ``int64 [C, K]``, the policy version that chose the action.
+        keep: ``int64 [C, K]``, the group's tick that made the row worth keeping; only where episodes have a minimum length.
+        finals: Per tick at which episodes ended: (row of the page, environments ``int64 [E]``, final observations ``[E, *shape]``).
+        holds: How many owners still need it: its track, and segments that are not gathered yet.
+    """
+
+    __slots__ = ("actions", "finals", "flags", "holds", "keep", "log_probs", "observations", "rewards", "versions")
+
+    def __init__(self, num_ticks: int, num_envs: int, observation: ArraySpec, *, with_keep: bool) -> None:
+        shape = (num_ticks, num_envs)
+        self.observations = np.empty((*shape, *observation.shape), observation.dtype)
+        self.actions = np.empty(shape, np.int64)
+        self.log_probs = np.empty(shape, np.float32)
+        self.rewards = np.empty(shape, np.float32)
+        self.flags = np.zeros(shape, np.uint8)
+        self.versions = np.empty(shape, np.int64)
+        self.keep = np.full(shape, _YOUNG, np.int64) if with_keep else None
+        self.finals: list[tuple[int, NDArray[np.int64], NDArray[Any]]] = []
+        self.holds = 0
+
+
+class PagePool:
+    """Pages of one kind of observation, made when first needed and used again after.
+
+    Args:
+        capacity: Pages that may be in use at once; see `capacity_for`.
+        observation: Shape and dtype of one observation.
+        with_keep: Whether rows may turn out not to be worth keeping.
+        page_ticks: C.
+    """
+
+    def __init__(self, capacity: int, observation: ArraySpec, *, with_keep: bool, page_ticks: int = PAGE_TICKS) -> None:
+        self.capacity = capacity
+        self.page_ticks = page_ticks
+        self.num_used = 0
+        self._observation = observation
+        self._with_keep = with_keep
+        self._free: dict[int, list[Page]] = {}
+
+    @staticmethod
+    def capacity_for(
+        *,
+        group_sizes: list[int],
+        num_epoch_samples: int,
+        min_trajectory_length: int,
+        max_policy_lag: int,
+        page_ticks: int = PAGE_TICKS,
+    ) -> int:
+        """Pages that can be in use at once.
+
+        The rows of every epoch that may be sampled and not yet learned, overshoot included, in pages of the smallest group; and for
+        each group the page that it writes, one that is partly learned, and those that a young episode may span.
+        """
+        smallest, largest = min(group_sizes), max(group_sizes)
+        overshoot = largest * min_trajectory_length
+        rows = (max_policy_lag + 1) * (num_epoch_samples + overshoot)
+        return math.ceil(rows / (page_ticks * smallest)) + len(group_sizes) * (
+            max_policy_lag + 2 + math.ceil(2 * min_trajectory_length / page_ticks)
+        )
+
+    def acquire(self, num_envs: int) -> Page:
+        """A clean page for a group of `num_envs`, held once."""
+        if self.num_used >= self.capacity:
+            raise AssertionError(f"all {self.capacity} pages are in use: the ledger granted a step that had no place")
+        self.num_used += 1
+        free = self._free.setdefault(num_envs, [])
+        page = free.pop() if free else Page(self.page_ticks, num_envs, self._observation, with_keep=self._with_keep)
+        page.holds = 1
+        return page
+
+    def release(self, page: Page) -> None:
+        """Gives up one hold on `page`; the last one returns it."""
+        page.holds -= 1
+        if page.holds:
+            return
+        self.num_used -= 1
+        page.flags.fill(0)
+        page.finals.clear()
+        if page.keep is not None:
+            page.keep.fill(_YOUNG)
+        self._free[page.flags.shape[1]].append(page)
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """What one tick brought.
+
+    Attributes:
+        adds: Rows that it made worth keeping.
+        dropped: Rows that it showed to be of a too short episode.
+        returns: Returns of the episodes that it ended.
+        lengths: Their lengths in transitions.
+    """
+
+    adds: int
+    dropped: int
+    returns: list[float]
+    lengths: list[int]
+
+
+@dataclass(slots=True)
+class Piece:
+    """Rows ``start:stop`` of a page, of which `take` (``bool [T, K]``, None: all) belong to the segment."""
+
+    page: Page
+    start: int
+    stop: int
+    take: NDArray[np.bool_] | None
+
+
+@dataclass(slots=True)
+class Segment:
+    """One group's share of an epoch.
+
+    Attributes:
+        first_env: Global index of environment 0 of the group.
+        pieces: Its rows, in order of time.
+        next_observations: ``[K, *shape]``, what follows the last tick: the bootstrap of what is cut there.
+        num_ticks: Its ticks.
+        num_transitions: Real transitions that happened in the epoch, kept or not.
+        num_carried: Rows used although their episode is still short, because they were carried over one seal already.
+    """
+
+    first_env: int
+    pieces: list[Piece]
+    next_observations: NDArray[Any]
+    num_ticks: int
+    num_transitions: int
+    num_carried: int
+
+
+class GroupTrack:
+    """One group's pages and episodes. No I/O, no clock.
+
+    Args:
+        pool: Where its pages come from.
+        num_envs: K.
+        first_env: Global index of its first environment.
+        min_trajectory_length: Episodes shorter than this are dropped.
+        max_trajectory_length: Trajectories are cut here.
+        next_step: Whether the step after an episode's end is an autoreset's empty one.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        num_envs: int,
+        first_env: int,
+        min_trajectory_length: int,
+        max_trajectory_length: int,
+        next_step: bool,
+    ) -> None:
+        self.num_envs = num_envs
+        self.first_env = first_env
+        self.masked: NDArray[np.bool_] | None = None  # rows whose next step is an autoreset's empty one
+        self._pool = pool
+        self._minimum = min_trajectory_length
+        self._maximum = max_trajectory_length
+        self._next_step = next_step
+        self._pages: deque[Page] = deque()
+        self._first_tick = 0  # of the first page
+        self._num_ticks = 0  # written
+        self._boundary = 0  # ticks that are sealed
+        self._num_landed = 0
+        self._next_cut = max_trajectory_length  # no trajectory can be full before this many ticks have landed
+        self._observations: NDArray[Any] | None = None  # the latest ones
+        self._lengths = np.zeros(num_envs, np.int64)  # of the open episodes
+        self._returns = np.zeros(num_envs, np.float64)
+        self._since_cut = np.zeros(num_envs, np.int64)
+        self._pending = np.zeros(num_envs, np.int64)  # young rows of the open episodes
+        self._accepted = np.zeros(num_envs, np.bool_)  # the open episode's rows are kept from now on
+        self._carried = np.zeros(num_envs, np.bool_)  # its young rows were carried over a seal
+
+    # ------------------------------------------------------------------ stepping
+    def begin(self, observations: NDArray[Any]) -> None:
+        """The first observations ``[K, *shape]``, after a reset."""
+        self._observations = observations
+
+    def reserve(self) -> None:
+        """Makes sure that the next tick has its place."""
+        if self._num_ticks - self._first_tick == len(self._pages) * self._pool.page_ticks:
+            self._pages.append(self._pool.acquire(self.num_envs))
+
+    def adds(self) -> int:
+        """Rows that the next step will add when it lands."""
+        if self._minimum > 1:
+            old = self._accepted | (self._lengths + 1 >= self._minimum)
+            gain = np.where(old, self._pending + 1, 0)
+            return int(gain[~self.masked].sum() if self.masked is not None else gain.sum())
+        return self.num_envs - int(np.count_nonzero(self.masked)) if self.masked is not None else self.num_envs
+
+    def write(self, actions: NDArray[np.int64], log_probs: NDArray[np.float32], versions: NDArray[np.int64]) -> None:
+        """Notes what the next step is made of: the latest observations, and the actions chosen from them."""
+        page, row = self._place(self._num_ticks)
+        page.observations[row] = self._observations
+        page.actions[row] = actions
+        page.log_probs[row] = log_probs
+        page.versions[row] = versions
+        self._num_ticks += 1
+
+    def land(self, tick: Tick) -> Landing:
+        """Notes what the step brought."""
+        at = self._num_landed
+        page, row = self._place(at)
+        self._num_landed = at + 1
+        self._observations = tick.observations
+        ended = tick.terminated | tick.truncated
+        any_ended = bool(ended.any())
+        flags = page.flags[row]
+        flags[:] = REAL
+        page.rewards[row] = tick.rewards
+        self._returns += tick.rewards
+        self._lengths += 1
+        self._since_cut += 1
+        if any_ended:
+            flags[tick.terminated] |= TERMINATED
+            flags[tick.truncated] |= TRUNCATED
+        masked = self.masked
+        if masked is not None:
+            flags[masked] = 0
+            self._lengths[masked] = 0
+            self._since_cut[masked] = 0
+            self._returns[masked] = 0.0
+        if self._num_landed >= self._next_cut:
+            self._cut_full(flags, ended)
+        adds, dropped = self._judge(page, row, at, ended)
+        returns: list[float] = []
+        lengths: list[int] = []
+        if any_ended:
+            which = np.flatnonzero(ended)
+            page.finals.append((row, which, np.array(tick.final_observations)))
+            returns = self._returns[which].tolist()
+            lengths = self._lengths[which].tolist()
+            for array in (self._lengths, self._returns, self._since_cut, self._pending, self._accepted, self._carried):
+                array[which] = 0
+        if self._next_step:
+            self.masked = ended if any_ended else None
+        return Landing(adds, dropped, returns, lengths)
+
+    def _place(self, tick: int) -> tuple[Page, int]:
+        index, row = divmod(tick - self._first_tick, self._pool.page_ticks)
+        return self._pages[index], row
+
+    def _cut_full(self, flags: NDArray[np.uint8], ended: NDArray[np.bool_]) -> None:
+        """Cuts trajectories that have reached their maximum; the environment goes on."""
+        full = (self._since_cut >= self._maximum) & ~ended
+        flags[full] |= CUT
+        self._since_cut[full] = 0
+        self._next_cut = self._num_landed + self._maximum - int(np.where(ended, 0, self._since_cut).max())
+
+    def _judge(self, page: Page, row: int, at: int, ended: NDArray[np.bool_]) -> tuple[int, int]:
+        """Which rows the landed tick `at` makes worth keeping, and which it shows to be of too short episodes."""
+        if page.keep is None:
+            return self.num_envs - (int(np.count_nonzero(self.masked)) if self.masked is not None else 0), 0
+        real = ~self.masked if self.masked is not None else np.ones(self.num_envs, np.bool_)
+        self._pending[real] += 1
+        old = real & (self._accepted | (self._lengths >= self._minimum))
+        too_short = real & ended & ~old
+        page.keep[row, ~real] = _DROPPED
+        adds, dropped = int(self._pending[old].sum()), int(self._pending[too_short].sum())
+        for env in np.flatnonzero(old):
+            self._mark(int(env), at, at)
+        for env in np.flatnonzero(too_short):
+            self._mark(int(env), at, _DROPPED)
+        self._accepted |= old
+        self._pending[old | too_short] = 0
+        return adds, dropped
+
+    def _mark(self, env: int, at: int, keep: int) -> None:
+        """Settles the young rows of `env` up to tick `at`."""
+        remaining = int(self._pending[env])
+        while remaining:
+            page, row = self._place(at)
+            assert page.keep is not None
+            count = min(remaining, row + 1)
+            page.keep[row + 1 - count : row + 1, env] = keep
+            at -= count
+            remaining -= count
+
+    # ------------------------------------------------------------------ sealing
+    def seal(self, boundary: int) -> Segment:
+        """Hands out the rows of the epoch that ends before tick `boundary`, cutting what is open there."""
+        num_carried = self._use_carried(boundary) if self._minimum > 1 else 0
+        pieces: list[Piece] = []
+        num_transitions = 0
+        size = self._pool.page_ticks
+        for index, page in enumerate(self._pages):
+            begin = self._first_tick + index * size
+            if begin >= boundary:
+                break
+            stop = min(size, boundary - begin)
+            fresh = max(0, self._boundary - begin)
+            real = page.flags[fresh:stop] & REAL
+            num_transitions += int(np.count_nonzero(real))
+            if page.keep is not None:
+                take = (page.keep[:stop] >= 0) & (page.keep[:stop] < boundary)
+                if take.any():
+                    page.keep[:stop][take] = _DROPPED
+                    pieces.append(Piece(page, 0, stop, take))
+                    page.holds += 1
+            elif fresh < stop:
+                take = None if real.all() else real.astype(np.bool_)
+                pieces.append(Piece(page, fresh, stop, take))
+                page.holds += 1
+        following = self._following(boundary)
+        num_ticks = boundary - self._boundary
+        np.minimum(
+            self._since_cut,
+            np.where(self._pending > 0, self._since_cut, self._num_landed - boundary),
+            out=self._since_cut,
+        )
+        self._next_cut = self._num_landed + self._maximum - int(self._since_cut.max())
+        self._boundary = boundary
+        self._release(boundary)
+        return Segment(self.first_env, pieces, following, num_ticks, num_transitions, num_carried)
+
+    def _following(self, boundary: int) -> NDArray[Any]:
+        """What was observed after tick `boundary` - 1."""
+        if boundary < self._num_ticks:
+            page, row = self._place(boundary)
+            return page.observations[row].copy()
+        assert self._observations is not None, "a group that never began has no rows to seal"
+        return np.array(self._observations)
+
+    def _use_carried(self, boundary: int) -> int:
+        """Young rows that were carried over one seal are used now; the others are carried. Returns the rows used."""
+        used = 0
+        for env in np.flatnonzero((self._pending > 0) & (self._num_landed - self._pending < boundary)):
+            if not self._carried[env]:
+                self._carried[env] = True
+                continue
+            used += int(self._pending[env]) - (self._num_landed - boundary)
+            self._mark(int(env), self._num_landed - 1, boundary - 1)
+            for at in range(boundary, self._num_landed):
+                page, row = self._place(at)
+                assert page.keep is not None
+                page.keep[row, env] = at
+            self._pending[env] = 0
+            self._accepted[env] = True
+        return used
+
+    def _release(self, boundary: int) -> None:
+        """Gives up the pages of which every row is handed out or dropped."""
+        size = self._pool.page_ticks
+        while self._pages and self._first_tick + size <= min(boundary, self._num_landed):
+            page = self._pages[0]
+            if page.keep is not None and (page.keep != _DROPPED).any():
+                return
+            self._pages.popleft()
+            self._first_tick += size
+            self._pool.release(page)
+
+    def close(self) -> None:
+        """Gives every page up."""
+        while self._pages:
+            self._pool.release(self._pages.popleft())

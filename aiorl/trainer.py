@@ -1,0 +1,455 @@
+"""The trainer: builds the parts, wires them in the order of the picture in `aiorl`, and owns the task group that they run in.
+
+    workers ──► rollout ──► batcher ──► policy
+                   └──► channel ──► learner ──► checkpoints, metrics
+
+Everything is a context that is entered here and left in reverse, whatever ends the run; the first cause is what is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aiorl.compute.device import Placement, TorchSettings, faster_threads
+from aiorl.environments.config import LinkConfig
+from aiorl.environments.supervisor import open_workers
+from aiorl.errors import CheckpointCorrupt, EnvironmentRaised, GroupLost, LinkError, WorkerDied
+from aiorl.learning.checkpoint import CheckpointStore, load_weights
+from aiorl.learning.config import ReinforcementLearningTrainerConfig
+from aiorl.learning.learner import Learner
+from aiorl.learning.snapshot import Buffers
+from aiorl.learning.training import Parts, Training
+from aiorl.models.mlp import MLP
+from aiorl.monitoring.config import LoggerConfig
+from aiorl.monitoring.folder import RunFolder
+from aiorl.monitoring.metrics import EpisodeWindow, EpochRecord
+from aiorl.monitoring.sinks import Recorder
+from aiorl.monitoring.system import SystemStatistics
+from aiorl.sampling.batcher import MicroBatcher
+from aiorl.sampling.channel import Channel
+from aiorl.sampling.policy import NUMPY_ACTIVATIONS, Acting, NumpyActing, Policy, TorchActing
+from aiorl.sampling.rollout import Rollout
+from aiorl.sampling.trajectory import SealedEpoch
+from aiorl.tasks.base import Callback, Hooks, ReinforcementLearningTask, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from aiorl.environments.supervisor import Workers
+    from aiorl.learning.optim import LRSchedulerFactory, OptimizerFactory
+    from aiorl.learning.snapshot import Contents
+    from aiorl.models.base import Model
+
+logger = logging.getLogger(__name__)
+
+_SMALL_PARAMETERS = 1_000_000
+
+
+@dataclass(slots=True)
+class Session:
+    """What a run is given besides the objects that it trains.
+
+    Attributes:
+        folder: The run's folder, locked by the caller.
+        restored: What it goes on from; None: a new run.
+        callbacks: Told about the run after the task.
+        started_at: ``time.perf_counter()`` before environments, model and optimizer were built.
+        report: Called with each epoch's record, on the loop.
+        ready: Called once, on the loop, when everything is built and before the first step.
+    """
+
+    folder: RunFolder
+    restored: Contents | None = None
+    callbacks: Iterable[Callback] = ()
+    started_at: float = field(default_factory=time.perf_counter)
+    report: Callable[[EpochRecord], None] = lambda _: None
+    ready: Callable[[Training, Workers], None] = lambda *_: None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        state: Its counters.
+        reason: Why it ended, in words.
+        episode_return_mean: Over the last 100 episodes; None before the first.
+        wall_s: Seconds from `Session.started_at` to the last optimizer step.
+        given_up: Kept transitions that were not learned, because the run was stopped.
+    """
+
+    state: State
+    reason: str
+    episode_return_mean: float | None
+    wall_s: float
+    given_up: int
+
+
+class ReinforcementLearningTrainer:
+    """Trains a model on a task.
+
+    Args:
+        config: The ``[trainer]`` table.
+        link: The ``[link]`` table.
+        logger: The ``[logger]`` table.
+    """
+
+    def __init__(
+        self,
+        config: ReinforcementLearningTrainerConfig,
+        *,
+        link: LinkConfig | None = None,
+        logger: LoggerConfig | None = None,
+    ) -> None:
+        self.config = config
+        self._link = link or LinkConfig()
+        self._logger = logger or LoggerConfig()
+
+    async def train(
+        self,
+        model: Model,
+        task: ReinforcementLearningTask,
+        optimizer: OptimizerFactory,
+        lr_scheduler: LRSchedulerFactory,
+    ) -> State:
+        """Trains until one of the configured limits is met, and leaves a checkpoint.
+
+        Touches neither signals nor logging nor the global random state of its host. Cancelling stops at once, closes everything and
+        leaves no new checkpoint.
+
+        Args:
+            model: The model; trained in place.
+            task: What is learned.
+            optimizer: ``(params) -> torch.optim.Optimizer``.
+            lr_scheduler: ``(optimizer) -> torch.optim.lr_scheduler.LRScheduler``.
+
+        Returns:
+            The counters at the end.
+
+        Raises:
+            ValueError: `task` is no `ReinforcementLearningTask`.
+            ConfigError: The run's folder or an address cannot be used.
+            RunFolderBusy: Another trainer has the folder.
+            WorkerError: A worker failed.
+            AiorlError: See `aiorl.errors`.
+        """
+        if not isinstance(task, ReinforcementLearningTask):
+            raise ValueError(f"task must be a ReinforcementLearningTask, not {type(task).__name__}")
+        config = self.config
+        started_at = time.perf_counter()
+        folder = await asyncio.to_thread(
+            RunFolder.create, config.exp_dir, config.exp_name, log_dir_name=config.log_dir_name
+        )
+        with folder.lock():
+            await asyncio.to_thread(folder.write_provenance)
+            restored = None
+            if folder.holds_checkpoint:
+                store = CheckpointStore(folder.checkpoints, only_most_recent=True)
+                restored = (await asyncio.to_thread(store.load)).contents
+            session = Session(folder, restored=restored, started_at=started_at)
+            outcome = await self.run_session(session, model, task, optimizer, lr_scheduler)
+        return outcome.state
+
+    async def run_session(
+        self,
+        session: Session,
+        model: Model,
+        task: ReinforcementLearningTask,
+        optimizer: OptimizerFactory,
+        lr_scheduler: LRSchedulerFactory,
+    ) -> Outcome:
+        """`train` in a folder that the caller has made and locked. Writes ``summary.json`` however it ends."""
+        state = State()
+        window = EpisodeWindow()
+        training: list[Training] = []
+        failure: BaseException | None = None
+        reason = ""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                reason = await self._run(tasks, session, training, state, window, model, task, optimizer, lr_scheduler)
+        except BaseExceptionGroup as group:
+            failure = first_cause(group)
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr] # an outside cancellation that met a failing child
+                logger.error("the run was cancelled while it failed: %s", failure)  # noqa: TRY400
+                raise asyncio.CancelledError from failure
+            raise failure from failure.__cause__
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            wall_s = (training[0].last_step_at if training else time.perf_counter()) - session.started_at
+            outcome = Outcome(
+                state,
+                reason,
+                window.return_mean if window.num_episodes else None,
+                wall_s,
+                training[0].given_up if training else 0,
+            )
+            stopped = bool(training and training[0].stopped)
+            session.folder.write_summary(summary_of(outcome, failure, stopped=stopped))
+        return outcome
+
+    async def _run(
+        self,
+        tasks: asyncio.TaskGroup,
+        session: Session,
+        trainings: list[Training],
+        state: State,
+        window: EpisodeWindow,
+        model: Model,
+        task: ReinforcementLearningTask,
+        optimizer: OptimizerFactory,
+        lr_scheduler: LRSchedulerFactory,
+    ) -> str:
+        config, sampling, restored = self.config, self.config.sampling, session.restored
+        hooks = Hooks(task, session.callbacks)
+        device = torch.device("cpu")
+        incarnation = int(restored.extra["incarnation"]) + 1 if restored is not None else 0
+        seed = config.seed
+        env_seed = task.environment.env_seed
+        building = tasks.create_task(
+            asyncio.to_thread(self._build, model, device, optimizer, lr_scheduler, restored), name="build"
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            workers = await stack.enter_async_context(
+                open_workers(
+                    task.get_environment(),
+                    task.environment,
+                    self._link,
+                    env_seed=seed if env_seed is None else env_seed,
+                    incarnation=incarnation,
+                    force_sync=sampling.force_sync,
+                )
+            )
+            learning, scheduler = await building
+            if restored is not None:
+                state.load_state_dict(restored.state)
+                window.load_state_dict(restored.extra["episodes"])
+                await hooks.call("on_after_load_checkpoint", state)
+            settings = TorchSettings(
+                num_threads=await asyncio.to_thread(self._num_threads, model, task, workers, device)
+            )
+            place = await stack.enter_async_context(Placement("learning", settings))
+            policy, infer = await self._acting(stack, model, task, device, settings, version=state.policy_version)
+            group_rows = [group.num_envs for group in workers.groups]
+            per_worker = max(1, len(group_rows) // max(1, workers.num_workers))
+            batcher = await stack.enter_async_context(
+                MicroBatcher(
+                    infer,
+                    max_batch_size=sampling.max_batch_size
+                    or max(sampling.min_batch_size, sum(group_rows[::per_worker])),
+                    min_batch_size=sampling.min_batch_size,
+                    max_wait_time=None if sampling.force_sync else sampling.max_wait_time,
+                    name="acting",
+                )
+            )
+            channel: Channel[SealedEpoch] = Channel(sampling.max_policy_lag + 1)
+            rollout = Rollout(
+                workers.groups,
+                info=workers.info,
+                config=sampling,
+                batcher=batcher,
+                policy=policy,
+                channel=channel,
+                seed=seed,
+                num_epochs=state.num_epochs,
+                noise_counts=restored.extra["noise_counts"].numpy() if restored is not None else None,
+            )
+            learner = Learner(
+                model=model,
+                task=task,
+                optimizer=learning,
+                scheduler=scheduler,
+                config=config,
+                state=state,
+                hooks=hooks,
+                placement=place,
+                device=device,
+                max_overshoot=max(group_rows) * sampling.min_trajectory_length - 1,
+                quiet=lambda: batcher.idle and workers.link_idle(),
+            )
+            recorder = await stack.enter_async_context(
+                Recorder(
+                    session.folder.metrics_file,
+                    session.folder.log_dir,
+                    self._logger,
+                    resume_epoch=state.num_epochs,
+                )
+            )
+            system = await stack.enter_async_context(SystemStatistics(config))
+            buffers = Buffers()
+            await asyncio.to_thread(buffers.reserve, model.state_dict(), learning.state_dict())
+            training = Training(
+                Parts(
+                    config=config,
+                    state=state,
+                    task=task,
+                    hooks=hooks,
+                    window=window,
+                    learner=learner,
+                    placement=place,
+                    policy=policy,
+                    batcher=batcher,
+                    rollout=rollout,
+                    channel=channel,
+                    recorder=recorder,
+                    store=CheckpointStore(
+                        session.folder.checkpoints, only_most_recent=config.checkpoint.only_save_most_recent
+                    ),
+                    buffers=buffers,
+                    system=system.latest,
+                    incarnation=incarnation,
+                ),
+                tasks,
+                session.report,
+            )
+            trainings.append(training)
+            session.ready(training, workers)
+            helpers = {
+                tasks.create_task(workers.watch(), name="watch workers"),
+                tasks.create_task(rollout.run(), name="rollout"),
+            }
+            try:
+                return await training.run()
+            finally:
+                for helper in helpers:
+                    helper.cancel()
+                await asyncio.wait(helpers)
+
+    # ------------------------------------------------------------------ building
+    def _build(
+        self,
+        model: Model,
+        device: torch.device,
+        optimizer: OptimizerFactory,
+        lr_scheduler: LRSchedulerFactory,
+        restored: Contents | None,
+    ) -> tuple[Optimizer, LRScheduler]:
+        """Optimizer and scheduler over the model, in the state of the checkpoint where there is one. In a thread: it imports."""
+        model.to(device)
+        checkpoint = self.config.checkpoint
+        if restored is None and checkpoint.load_from_ckpt_path is not None:
+            _load_into(model, load_weights(checkpoint.load_from_ckpt_path), strict=checkpoint.load_strict)
+        if restored is not None:
+            _load_into(model, dict(restored.model), strict=True)
+        built = optimizer(model.parameters())
+        scheduler = lr_scheduler(built)
+        if restored is not None:
+            built.load_state_dict(dict(restored.optimizer))
+            scheduler.load_state_dict(dict(restored.scheduler))
+        return built, scheduler
+
+    def _num_threads(
+        self, model: Model, task: ReinforcementLearningTask, workers: Workers, device: torch.device
+    ) -> int:
+        """Torch's intra-op threads: as configured, or measured where the network is not small."""
+        config = self.config
+        if config.num_threads != "auto":
+            return config.num_threads
+        small = sum(parameter.numel() for parameter in model.parameters()) < _SMALL_PARAMETERS
+        evaluate = getattr(model, "value", None)
+        if small or config.sampling.force_sync or config.deterministic or evaluate is None:
+            return 1
+        info = workers.info.observation
+        rows = torch.zeros(
+            (task.minibatch_size or config.sampling.num_epoch_samples, *info.shape),
+            dtype=getattr(torch, info.dtype),
+            device=device,
+        )
+
+        def step() -> None:
+            evaluate(rows).sum().backward()
+            model.zero_grad()
+
+        return faster_threads(step)
+
+    async def _acting(
+        self,
+        stack: contextlib.AsyncExitStack,
+        model: Model,
+        task: ReinforcementLearningTask,
+        device: torch.device,
+        settings: TorchSettings,
+        *,
+        version: int,
+    ) -> tuple[Policy, Callable[[Any], Any]]:
+        """The policy that acts, and the batcher's inference: NumPy on the loop for the built-in MLP, else torch in its place."""
+        optimal = self.config.sampling.optimal
+        own_actions = type(task).get_actions is not ReinforcementLearningTask.get_actions
+        acting: Acting
+        if isinstance(model, MLP) and type(model).policy is MLP.policy and not own_actions and device.type == "cpu":
+            acting = NumpyActing(model.policy_layers(), model.activation)
+            policy = Policy(acting, optimal=optimal, version=version)
+            return policy, policy.act
+        acting = await asyncio.to_thread(TorchActing, model, task.get_actions, device)
+        policy = Policy(acting, optimal=optimal, version=version)
+        place = await stack.enter_async_context(Placement("acting", settings))
+        return policy, lambda rows: place.call(policy.act, rows)
+
+
+def _load_into(model: Model, weights: dict[str, Tensor], *, strict: bool) -> None:
+    """Loads weights, or those that fit where `strict` is not set."""
+    own = model.state_dict()
+    misfits = [
+        f"{name} {list(weights[name].shape) if name in weights else '(missing)'} for {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name not in weights or weights[name].shape != tensor.shape
+    ]
+    misfits += [f"{name} (unknown)" for name in weights if name not in own]
+    if misfits and strict:
+        raise CheckpointCorrupt(f"the checkpoint's weights are not this model's: {'; '.join(misfits[:5])}")
+    for misfit in misfits:
+        logger.warning("weights left as they were: %s", misfit)
+    model.load_state_dict(
+        {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape},
+        strict=False,
+    )
+
+
+def first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What a user should see of a group of failures: the worker's own failure before what follows from it, else the first."""
+    leaves: list[BaseException] = []
+    pending: list[BaseException] = [group]
+    while pending:
+        error = pending.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            pending = [*error.exceptions, *pending]
+        else:
+            leaves.append(error)
+    ranks: list[type[BaseException]] = [EnvironmentRaised, WorkerDied]
+    for kind in ranks:
+        for error in leaves:
+            if isinstance(error, kind):
+                return error
+    own = [error for error in leaves if not isinstance(error, GroupLost | LinkError | asyncio.CancelledError)]
+    return (own or leaves)[0]
+
+
+def summary_of(outcome: Outcome, failure: BaseException | None, *, stopped: bool) -> dict[str, Any]:
+    """The content of ``summary.json``."""
+    state = outcome.state
+    status = "failed" if failure is not None else "stopped" if stopped else "finished"
+    return {
+        "status": status,
+        "reason": outcome.reason,
+        "num_samples": state.num_samples,
+        "num_episodes": state.num_episodes,
+        "num_epochs": state.num_epochs,
+        "num_steps": state.num_steps,
+        "episode_return_mean": outcome.episode_return_mean,
+        "wall_s": outcome.wall_s,
+        "samples_per_s": state.num_samples / outcome.wall_s if outcome.wall_s > 0 else None,
+        "given_up_samples": outcome.given_up,
+        "error": None if failure is None else f"{type(failure).__name__}: {failure}",
+    }
