@@ -23,7 +23,7 @@ LEFT, RIGHT = 0, 1
 class Corridor(gymnasium.Env[NDArray[np.float32], np.int64]):
     """Walk from the middle of a corridor to the exit at its right end; each step costs a little."""
 
-    def __init__(self, length: int = 11) -> None:
+    def __init__(self, length: int = 21) -> None:
         """Builds a corridor of ``length`` fields."""
         self.observation_space = gymnasium.spaces.Box(0.0, 1.0, (2,), np.float32)
         self.action_space = gymnasium.spaces.Discrete(2)
@@ -52,17 +52,17 @@ class Corridor(gymnasium.Env[NDArray[np.float32], np.int64]):
 
 
 async def main() -> None:
-    """Trains until the way out is found, which takes a few thousand steps."""
+    """Trains until the way out is found and taken nearly straight."""
     config = aiorl.load_config(
         None,
         overrides=[
             'trainer.exp_name="custom_environment"',
             "trainer.max_samples=30_000",
-            "trainer.target_return=0.9",
+            "trainer.target_return=0.88",
             "trainer.sampling.num_epoch_samples=1024",
             "trainer.sampling.max_wait_time=0.0",
             'task.environment.id="custom_environment:Corridor"',
-            "task.environment.kwargs.length=11",
+            "task.environment.kwargs.length=21",
             "task.environment.num_env_workers=1",
             "task.environment.envs_per_worker=16",
         ],

@@ -100,9 +100,11 @@ def schema_accepts(value: Any, schema: dict[str, Any], definitions: dict[str, An
     return True
 
 
+SCHEMA = json_schema()
+
+
 def schema_takes(text: str) -> bool:
-    schema = json_schema()
-    return schema_accepts(tomllib.loads(text), schema, schema["definitions"])
+    return schema_accepts(tomllib.loads(text), SCHEMA, SCHEMA["definitions"])
 
 
 # ---- what is shipped
@@ -255,11 +257,11 @@ NOT_YET = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("override", NOT_YET)
-def test_what_is_to_come_is_refused_and_not_ignored(override: str) -> None:
-    (fault,) = faults_of(None, override)
-    assert (fault.path, fault.message) == (override.partition("=")[0], "not available yet")
-    assert fault.remedy.startswith("leave it at its default, ")
+def test_what_is_to_come_is_refused_and_not_ignored() -> None:
+    for override in NOT_YET:
+        (fault,) = faults_of(None, override)
+        assert (fault.path, fault.message) == (override.partition("=")[0], "not available yet")
+        assert fault.remedy.startswith("leave it at its default, ")
 
 
 def test_what_is_to_come_may_be_written_with_its_default(tmp_path: Path) -> None:
@@ -295,9 +297,10 @@ def test_faults_of_file_and_overrides_are_listed_together_in_order(tmp_path: Pat
         '  --set: trainer.exp_dir = "x: is no TOML value; write a number, true, "text", [1, 2], ...',
         f'  {path}: modle: is unknown; did you mean "model"?',
         f'  {path}: trainer.sede = 1: is unknown; did you mean "seed"?',
-        f'  {path}: trainer.max_samples = -5: should be at least 1; the default is "none"',
         '  --set: trainer.device: should be a string; the default is "auto"',
-        f"  {path}: trainer.sampling.min_batch_size = 40: is above max_batch_size = 30; lower it, or raise max_batch_size",
+        f'  {path}: trainer.max_samples = -5: should be at least 1; the default is "none"',
+        f"  {path}: trainer.sampling.min_batch_size = 40: is above max_batch_size = 30; lower it, or raise "
+        "max_batch_size",
         f"  {path}: trainer.sampling.min_batch_size = 40: is above the number of environments, 8; lower it, or raise "
         "task.environment.envs_per_worker",
         f"  {path}: trainer.sampling.min_trajectory_length = 200: is above num_epoch_samples = 100; lower it, or raise "
@@ -564,9 +567,9 @@ LEARNING = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", LEARNING)
-def test_what_is_learned_from_what_may_not_differ(path: str) -> None:
-    assert [d.path for d in differences(load_config(), with_values(load_config(), {path: 3}))] == [path]
+def test_what_is_learned_from_what_may_not_differ() -> None:
+    for path in LEARNING:
+        assert [d.path for d in differences(load_config(), with_values(load_config(), {path: 3}))] == [path]
 
 
 def test_another_task_differs_in_its_name_and_its_fields() -> None:

@@ -79,16 +79,17 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Exactly ``length`` bytes."""
+    """From ``minimum`` to ``maximum`` bytes."""
 
-    length: int
+    minimum: int
+    maximum: int
 
     def dump(self, value: bytes, frames: list[bytes]) -> bytes:
         return self.load(value, iter(()))
 
     def load(self, raw: Any, frames: Iterator[bytes]) -> bytes:
-        if type(raw) is not bytes or len(raw) != self.length:
-            raise MalformedMessage(f"{raw!r:.80} is not {self.length} bytes")
+        if type(raw) is not bytes or not self.minimum <= len(raw) <= self.maximum:
+            raise MalformedMessage(f"{raw!r:.80} is not {self.minimum} to {self.maximum} bytes")
         return raw
 
 

@@ -24,11 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiorl.environments.make import Tick
 from aiorl.environments.wire import (
     PROTOCOL_VERSION,
-    TERMINATED,
-    TRUNCATED,
     Failed,
     Hello,
     Observed,
@@ -39,6 +36,7 @@ from aiorl.environments.wire import (
     Stop,
     decode,
     encode,
+    tick_of,
 )
 from aiorl.errors import GroupLost, LinkClosed, MalformedMessage, ProtocolMismatch
 
@@ -47,6 +45,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from aiorl.environments.make import Tick
     from aiorl.environments.spaces import EnvironmentInfo
 
 
@@ -130,23 +129,15 @@ class RemoteGroup:
         if message.sequence > self._sequence or self._is_answered:
             raise MalformedMessage(f"{self.name} sent an answer {message.sequence} that it does not owe")
         info = self._worker.info
-        observations = message.observations
-        if info is None or observations.shape != (self.num_envs, *info.observation.shape):
-            raise MalformedMessage(f"{self.name} sent observations of shape {observations.shape}")
-        if observations.dtype != info.observation.dtype:
-            raise MalformedMessage(f"{self.name} sent observations of {observations.dtype}")
+        rows, dtype = message.observations, message.observations.dtype.name
+        if info is None or (rows.shape[1:], dtype) != (info.observation.shape, info.observation.dtype):
+            raise MalformedMessage(f"{self.name} sent observations {dtype} {rows.shape} instead of {info}")
+        if len(message.outcomes) != self.num_envs:
+            raise MalformedMessage(f"{self.name} sent {len(message.outcomes)} rows instead of {self.num_envs}")
         self._is_answered = True
         if self._waiter is None or self._waiter.done():
             return False
-        self._waiter.set_result(
-            Tick(
-                observations=observations.copy(),  # torch warns of arrays that cannot be written to
-                rewards=message.rewards,
-                terminated=message.outcomes == TERMINATED,
-                truncated=message.outcomes == TRUNCATED,
-                final_observations=message.final_observations,
-            )
-        )
+        self._waiter.set_result(tick_of(message))
         return True
 
     def lose(self, loss: BaseException) -> None:

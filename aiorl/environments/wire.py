@@ -27,13 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aiorl.environments.fields import MAX_HEADER_BYTES, Array, Bytes, Field, Info, Many, Spec, Text, Uint
+from aiorl.environments.make import Tick
 from aiorl.environments.spaces import EnvironmentInfo, EnvironmentSpec  # noqa: TC001 - get_type_hints reads them
 from aiorl.errors import MalformedMessage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from aiorl.environments.make import Tick
 
 PROTOCOL_VERSION: Final = 1
 """Raised with every change of a message; the two ends have to agree. ``Hello`` itself never changes."""
@@ -45,10 +44,11 @@ MAX_GROUP_ENVS: Final = 2**20
 RUNNING, TERMINATED, TRUNCATED = 0, 1, 2
 """The outcomes of a step for one environment."""
 
+_OUTCOMES: Final = bytes((RUNNING, TERMINATED, TRUNCATED))
+
 Uint32: TypeAlias = Annotated[int, Uint(2**32 - 1)]
 Uint63: TypeAlias = Annotated[int, Uint(2**63 - 1)]
 GroupIndex: TypeAlias = Annotated[int, Uint(MAX_GROUPS - 1)]
-Observations: TypeAlias = Annotated[NDArray[Any], Array()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Hello:
     incarnation: Uint32
     protocol: Uint32
     worker: Uint32
-    token: Annotated[bytes, Bytes(TOKEN_BYTES)]
+    token: Annotated[bytes, Bytes(TOKEN_BYTES, TOKEN_BYTES)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,36 +126,35 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What a reset or step brought, as ``Tick`` has it.
+    """What a reset or step brought, as ``Tick`` has it, in as few parts as can be.
 
     Attributes:
         incarnation: Of the worker.
         group: Within the worker.
         sequence: Of the ``Reset`` or ``Step`` that this answers.
-        observations: ``[K, *shape]``.
+        outcomes: K bytes of ``RUNNING``, ``TERMINATED`` and ``TRUNCATED``, so that never two flags are set.
         rewards: float32 ``[K]``; zeros after a reset.
-        outcomes: uint8 ``[K]`` of ``RUNNING``, ``TERMINATED`` and ``TRUNCATED``, so that never two flags are set.
-        final_observations: ``[E, *shape]``.
+        observations: ``[K + E, *shape]``: after the K observations, the final ones of the E that are not running.
     """
 
     incarnation: Uint32
     group: GroupIndex
     sequence: Uint63
-    observations: Observations
+    outcomes: Annotated[bytes, Bytes(0, MAX_GROUP_ENVS)]
     rewards: Annotated[NDArray[np.float32], Array(("float32",), ndim=1)]
-    outcomes: Annotated[NDArray[np.uint8], Array(("uint8",), ndim=1)]
-    final_observations: Observations
+    observations: Annotated[NDArray[Any], Array()]
 
     def check(self) -> None:
-        """Raises ``MalformedMessage`` where the arrays do not fit each other."""
-        observations, finals, outcomes = self.observations, self.final_observations, self.outcomes
-        num_envs = len(outcomes)
-        if not observations.ndim or not finals.ndim or len(observations) != num_envs or len(self.rewards) != num_envs:
-            raise MalformedMessage("observations, rewards and outcomes of different numbers of environments")
-        if finals.dtype != observations.dtype or finals.shape[1:] != observations.shape[1:]:
-            raise MalformedMessage("final observations of another shape or type than observations")
-        if len(finals) != np.count_nonzero(outcomes) or (outcomes > TRUNCATED).any():
-            raise MalformedMessage(f"outcomes {outcomes!s:.80} with {len(finals)} final observations")
+        """Raises ``MalformedMessage`` where the fields contradict each other."""
+        num_envs = len(self.outcomes)
+        num_ended = num_envs - self.outcomes.count(RUNNING)
+        if self.outcomes.strip(_OUTCOMES):
+            raise MalformedMessage(f"outcomes {self.outcomes!r:.80}")
+        if len(self.rewards) != num_envs or self.observations.shape[:1] != (num_envs + num_ended,):
+            raise MalformedMessage(
+                f"{len(self.rewards)} rewards and observations of shape {self.observations.shape} for {num_envs} "
+                f"environments of which {num_ended} ended"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +247,23 @@ def decode(frames: Sequence[bytes]) -> Message:
     return message
 
 
-def outcomes_of(tick: Tick) -> NDArray[np.uint8]:
-    """A tick's two flags as outcomes, uint8 ``[K]``."""
-    return tick.terminated * np.uint8(TERMINATED) + (tick.truncated & ~tick.terminated) * np.uint8(TRUNCATED)
+def observed(incarnation: int, group: int, sequence: int, tick: Tick) -> Observed:
+    """The message that carries a tick; termination wins where both flags are set."""
+    outcomes = tick.terminated * np.uint8(TERMINATED) + (tick.truncated & ~tick.terminated) * np.uint8(TRUNCATED)
+    observations = tick.observations
+    if len(tick.final_observations):
+        observations = np.concatenate((observations, tick.final_observations))
+    return Observed(incarnation, group, sequence, outcomes.tobytes(), tick.rewards, observations)
+
+
+def tick_of(message: Observed) -> Tick:
+    """The tick that a message carries. Observations are a writable copy, since torch warns of others; the rest is read-only."""
+    num_envs = len(message.outcomes)
+    outcomes = np.frombuffer(message.outcomes, np.uint8)
+    return Tick(
+        observations=message.observations[:num_envs].copy(),
+        rewards=message.rewards,
+        terminated=outcomes == TERMINATED,
+        truncated=outcomes == TRUNCATED,
+        final_observations=message.observations[num_envs:],
+    )

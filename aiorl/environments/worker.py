@@ -29,7 +29,7 @@ import numpy as np
 import zmq
 
 from aiorl.environments.link import WorkerLink
-from aiorl.environments.make import EnvironmentGroup
+from aiorl.environments.make import EnvironmentGroup, Tick
 from aiorl.environments.wire import (
     PROTOCOL_VERSION,
     Failed,
@@ -41,7 +41,7 @@ from aiorl.environments.wire import (
     Setup,
     Step,
     Stop,
-    outcomes_of,
+    observed,
 )
 from aiorl.errors import MalformedMessage
 
@@ -87,31 +87,15 @@ class _Groups:
         self.where = "reset"
         observations = group.reset(self._seeds[message.group])
         self._seeds[message.group] = None
-        num_envs = len(observations)
-        return Observed(
-            incarnation=self._incarnation,
-            group=message.group,
-            sequence=message.sequence,
-            observations=observations,
-            rewards=np.zeros(num_envs, np.float32),
-            outcomes=np.zeros(num_envs, np.uint8),
-            final_observations=observations[:0],
-        )
+        flags = np.zeros(len(observations), np.bool_)
+        tick = Tick(observations, np.zeros(len(observations), np.float32), flags, flags, observations[:0])
+        return observed(self._incarnation, message.group, message.sequence, tick)
 
     def step(self, message: Step) -> Observed:
         group = self._next(message)
         actions: NDArray[np.int64] = message.actions
         self.where = "step"
-        tick = group.step(actions)
-        return Observed(
-            incarnation=self._incarnation,
-            group=message.group,
-            sequence=message.sequence,
-            observations=tick.observations,
-            rewards=tick.rewards,
-            outcomes=outcomes_of(tick),
-            final_observations=tick.final_observations,
-        )
+        return observed(self._incarnation, message.group, message.sequence, group.step(actions))
 
     def _next(self, message: Reset | Step) -> EnvironmentGroup:
         """The group of a message that is the next one of that group."""
