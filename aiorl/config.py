@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import tomlkit
 from pydantic import Field
 from pydantic.json_schema import models_json_schema
 
@@ -22,7 +21,7 @@ from aiorl.models.config import MODELS, MLPConfig, ModelConfig, OpenModelConfig
 from aiorl.monitoring.config import ConsoleConfig, LoggerConfig
 from aiorl.section import MAY_DIFFER, Breach, Section, mark_of, may_differ, rule
 from aiorl.tasks.config import TASKS, OpenTaskConfig, PPOConfig, TaskConfig
-from aiorl.toml import OVERRIDE, join, literal, parse_file, parse_override, put
+from aiorl.toml import OVERRIDE, join, key_literal, literal, parse_file, parse_override, put
 from aiorl.validation import Reader, section_of
 
 if TYPE_CHECKING:
@@ -148,14 +147,13 @@ def with_values(config: Config, values: Mapping[str, Any], *, source: str = "") 
 
 
 def as_tables(section: Section) -> dict[str, Any]:
-    """The section as nested tables of what TOML can write: None as ``"none"``, tuples as lists; single values first."""
-    plain = {name: _plain(value) for name, value in section.values().items()}
-    return dict(sorted(plain.items(), key=lambda item: isinstance(item[1], dict)))
+    """The section as nested tables of what TOML can write: None as ``"none"``, tuples as lists."""
+    return {name: _plain(value) for name, value in section.values().items()}
 
 
 def to_toml(config: Config) -> str:
     """The resolved configuration as TOML, every field written out; `load_config` reads an equal one from it."""
-    return tomlkit.dumps(as_tables(config))
+    return "\n".join(_written(config, ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +282,20 @@ def _in_order(faults: Iterable[Fault]) -> list[Fault]:
         return order.get(path, -1)
 
     return sorted(faults, key=rank)
+
+
+def _written(section: Section, path: str) -> Iterator[str]:
+    """The lines of a section: its header, its values, then the sections in it; free-form tables stand inline."""
+    values = section.values()
+    if path:
+        yield f"[{path}]"
+        for name, value in values.items():
+            if not isinstance(value, Section):
+                yield f"{key_literal(name)} = {literal(_plain(value))}"
+        yield ""
+    for name, value in values.items():
+        if isinstance(value, Section):
+            yield from _written(value, join(path, name))
 
 
 def _paths(table: Mapping[str, Any], path: str) -> Iterator[str]:

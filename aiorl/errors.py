@@ -28,6 +28,7 @@ AiorlError
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -216,3 +217,22 @@ class RunFolderBusy(RunFolderError):
 
 class RunMismatch(RunFolderError):
     """The folder's run was made with another configuration."""
+
+
+def first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What a user should see of a group of failures: a worker's own failure before what follows from it, else the first."""
+    leaves: list[BaseException] = []
+    pending: list[BaseException] = [group]
+    while pending:
+        error = pending.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            pending = [*error.exceptions, *pending]
+        else:
+            leaves.append(error)
+    ranks: list[type[BaseException]] = [EnvironmentRaised, WorkerDied]
+    for kind in ranks:
+        for error in leaves:
+            if isinstance(error, kind):
+                return error
+    own = [error for error in leaves if not isinstance(error, GroupLost | LinkError | CancelledError)]
+    return (own or leaves)[0]

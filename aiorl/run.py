@@ -1,10 +1,10 @@
 """A run as an object: opened inside somebody's loop by `open_run`, or run to its end with a loop and signals of its own by `run`.
 
-| what waits                    | for                                  | unblocked by                   | ends otherwise with                      |
-|-------------------------------|--------------------------------------|--------------------------------|------------------------------------------|
-| ``async for epoch in run``    | the next epoch's report              | the epoch loop                 | the run's end; its failure, when leaving |
-| `Run.wait`                    | the run's end                        | the epoch loop                 | cancelled with the body, when it fails   |
-| leaving `open_run`            | the epoch that is open, a checkpoint | ``drain_timeout`` at the latest| a second cancellation                    |
+| what waits                 | for, and who ends the wait                                       | ends otherwise with            |
+|----------------------------|------------------------------------------------------------------|--------------------------------|
+| ``async for epoch in run`` | the next epoch's report (the epoch loop)                         | the run's end                  |
+| `Run.wait`                 | the run's end (the epoch loop)                                   | cancelled, when the run fails  |
+| leaving `open_run`         | the open epoch and a checkpoint (``drain_timeout`` at the latest)| a second cancellation          |
 
 Reports that nobody reads queue up to 1,000; beyond that the oldest is dropped.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import math
 import signal
@@ -22,33 +23,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from pydantic import ValidationError
 
-from aiorl.config import Config, differences, load_config, to_toml, with_values
-from aiorl.environments.supervisor import preflight
-from aiorl.errors import AiorlError, CheckpointMissing, ConfigError, Fault, RunMismatch, UnsupportedSpace
-from aiorl.learning.checkpoint import CheckpointStore
-from aiorl.learning.optim import build_lr_scheduler, build_optimizer, set_learning_rate
-from aiorl.models.base import build_model
+from aiorl.config import to_toml, with_values
+from aiorl.errors import AiorlError, ConfigError, Fault, first_cause
 from aiorl.monitoring.folder import RunFolder, log_to
-from aiorl.tasks.base import Callback, ReinforcementLearningTask, build_task
-from aiorl.trainer import Outcome, ReinforcementLearningTrainer, Session, first_cause
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
+    from aiorl.config import Config
     from aiorl.environments.supervisor import Workers
     from aiorl.learning.optim import LRSchedulerFactory, OptimizerFactory
-    from aiorl.learning.snapshot import Contents
     from aiorl.learning.training import Training
     from aiorl.models.base import Model
     from aiorl.monitoring.metrics import EpochRecord
+    from aiorl.preparation import Resume
+    from aiorl.tasks.base import Callback, ReinforcementLearningTask
+    from aiorl.tasks.config import TaskConfig
+    from aiorl.trainer import Outcome
 
 logger = logging.getLogger(__name__)
 
 MAX_UNREAD_REPORTS = 1_000
-
-Resume = Literal["auto", "never", "must"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,16 +224,20 @@ class Run:
         if not _changeable(path):
             remedy = "stop the run, and resume it with the other value"
             raise ConfigError([Fault(path, "cannot be changed while a run goes on", repr(value), remedy, "Run.set")])
-        config = with_values(self.config, {path: value}, source="Run.set")
-        parts = self._training.parts
-        if path == "optimizer.lr":
-            set_learning_rate(parts.learner.optimizer, parts.learner.scheduler, config.optimizer.lr)
-        elif path.startswith("task."):
-            parts.task.reconfigure(config.task)
+        if path.startswith("task."):
+            task = self._training.parts.task
+            section = _with_field(task.config, path.removeprefix("task."), value)
+            own = task.config == self.config.task
+            task.reconfigure(section)
+            if own:
+                self.config = self.config.model_copy(update={"task": section})
         else:
-            self._training.reconfigure(config.trainer)
+            self.config = with_values(self.config, {path: value}, source="Run.set")
+            if path == "optimizer.lr":
+                self._training.set_learning_rate(self.config.optimizer.lr)
+            else:
+                self._training.reconfigure(self.config.trainer)
         logger.info("%s is %r from now on", path, value)
-        self.config = config
 
     # ------------------------------------------------------------------ for open_run
     def _report(self, record: EpochRecord) -> None:
@@ -273,94 +274,10 @@ def _changeable(path: str) -> bool:
     return own or path in _CHANGEABLE
 
 
-@dataclass(slots=True)
-class _Prepared:
-    """What is built before the trainer starts."""
-
-    task: ReinforcementLearningTask
-    model: Model
-    optimizer: OptimizerFactory
-    lr_scheduler: LRSchedulerFactory
-    folder: RunFolder
-
-
-def check(config: Config, task: ReinforcementLearningTask | None = None, model: Model | None = None) -> Model:
-    """Preflight: builds one environment and the model, and looks at the run's folder, without starting anything. Blocks.
-
-    Returns:
-        The model, its weights drawn from the run's seed.
-
-    Raises:
-        ConfigError: With every fault found.
-    """
-    trainer = config.trainer
-    faults = RunFolder.faults(trainer.exp_dir, trainer.exp_name)
-    try:
-        info = preflight((task or build_task(config.task)).get_environment())
-        if model is None:
-            with torch.random.fork_rng(devices=()):
-                torch.manual_seed(trainer.seed)
-                model = build_model(config.model, info)
-    except ConfigError as error:
-        faults.extend(error.faults)
-    except UnsupportedSpace as error:
-        remedy = "choose another environment, or wrap it"
-        faults.append(Fault("task.environment.id", str(error), f'"{config.task.environment.id}"', remedy))
-    if faults or model is None:
-        raise ConfigError(faults)
-    return model
-
-
-def _prepare(
-    config: Config,
-    task: ReinforcementLearningTask | None,
-    model: Model | None,
-    optimizer: OptimizerFactory | None,
-    lr_scheduler: LRSchedulerFactory | None,
-) -> _Prepared:
-    """Builds task and model and makes the folder. Blocks."""
-    task = task or build_task(config.task)
-    model = check(config, task, model)
-    trainer = config.trainer
-    return _Prepared(
-        task,
-        model,
-        optimizer or build_optimizer(config.optimizer),
-        lr_scheduler or build_lr_scheduler(config.lr_scheduler, trainer.total_samples),
-        RunFolder.create(trainer.exp_dir, trainer.exp_name, log_dir_name=trainer.log_dir_name),
-    )
-
-
-def _restore(config: Config, folder: RunFolder, resume: Resume) -> Contents | None:
-    """What the run goes on from, after comparing configurations; writes the folder's first files. Blocks.
-
-    Raises:
-        CheckpointMissing: ``resume = "must"`` and there is nothing to resume.
-        RunMismatch: The folder's run was configured otherwise, or must not be gone on from.
-    """
-    restored: Contents | None = None
-    if folder.holds_checkpoint:
-        if resume == "never":
-            raise RunMismatch(
-                f"{folder.path} holds a run already: choose another trainer.exp_dir, or resume it", folder=folder.path
-            )
-        if folder.config_file.exists():
-            changed = differences(load_config(folder.config_file), config)
-            if changed:
-                lines = "\n".join(f"  {difference}" for difference in changed)
-                raise RunMismatch(
-                    f"the run in {folder.path} was made with another configuration:\n{lines}\n"
-                    "set these back, or choose another trainer.exp_dir",
-                    folder=folder.path,
-                )
-        restored = CheckpointStore(folder.checkpoints, only_most_recent=True).load().contents
-    elif resume == "must":
-        raise CheckpointMissing(
-            f"{folder.path} holds no checkpoint to resume: name the run's folder as trainer.exp_dir"
-        )
-    folder.write_config(to_toml(config))
-    folder.write_provenance()
-    return restored
+def _import_torch() -> tuple[Any, Any]:
+    """Imports what imports torch: a second or more, and not on the loop."""
+    importlib.import_module("torch._dynamo")  # the first optimizer needs it
+    return importlib.import_module("aiorl.preparation"), importlib.import_module("aiorl.trainer")
 
 
 @contextlib.asynccontextmanager
@@ -396,19 +313,20 @@ async def open_run(
         AiorlError: Why the run failed; see `aiorl.errors`.
     """
     started_at = time.perf_counter()
-    prepared = await asyncio.to_thread(_prepare, config, task, model, optimizer, lr_scheduler)
+    preparation, trainers = await asyncio.to_thread(_import_torch)
+    prepared = await asyncio.to_thread(preparation.prepare, config, task, model, optimizer, lr_scheduler)
     folder = prepared.folder
     with folder.lock():
-        restored = await asyncio.to_thread(_restore, config, folder, resume)
+        restored = await asyncio.to_thread(preparation.restore, config, folder, resume)
         ready: asyncio.Future[Run] = asyncio.get_running_loop().create_future()
 
         def start(training: Training, workers: Workers) -> None:
             run = Run(config, folder.path, training, workers)
-            session.report = run._report  # noqa: SLF001
+            session.report = run._report
             ready.set_result(run)
 
-        session = Session(folder, restored, tuple(callbacks), started_at, ready=start)
-        trainer = ReinforcementLearningTrainer(config.trainer, link=config.link, logger=config.logger)
+        session = trainers.Session(folder, restored, tuple(callbacks), started_at, ready=start)
+        trainer = trainers.ReinforcementLearningTrainer(config.trainer, link=config.link, logger=config.logger)
         try:
             async with asyncio.TaskGroup() as tasks:
                 training = tasks.create_task(
@@ -419,7 +337,7 @@ async def open_run(
                 )
                 run = await ready
                 training.add_done_callback(
-                    lambda done: None if done.cancelled() or done.exception() else run._end(done.result())  # noqa: SLF001
+                    lambda done: None if done.cancelled() or done.exception() else run._end(done.result())
                 )
                 try:
                     yield run
@@ -435,18 +353,30 @@ async def open_run(
                 folder.write_config(to_toml(ready.result().config))
 
 
+def _with_field(section: TaskConfig, name: str, value: Any) -> TaskConfig:
+    """The section with another value in one field, validated."""
+    try:
+        return type(section).model_validate({**section.values(), name: value})
+    except ValidationError as error:
+        faults = [
+            Fault(f"task.{name}", each["msg"], repr(value), "see docs/configuration.md", "Run.set")
+            for each in error.errors()
+        ]
+        raise ConfigError(faults) from error
+
+
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """What `run` returns.
 
     Attributes:
         folder: The run's folder.
-        outcome: How it ended.
+        outcome: How it ended; None where a signal ended it at once.
         signal: The signal that stopped it; None where none did.
     """
 
     folder: Path
-    outcome: Outcome
+    outcome: Outcome | None
     signal: signal.Signals | None
 
 
@@ -473,8 +403,7 @@ def run(
     Raises:
         AiorlError: Why the run failed, first cause first.
     """
-    import torch._dynamo  # the first optimizer needs it, and importing it would stall the loop
-
+    _import_torch()  # before the loop starts: it would stall it
     with asyncio.Runner(loop_factory=_loop_factory(config.trainer.loop)) as runner:
         return runner.run(_run(config, resume, tuple(callbacks), opened, beside))
 
@@ -502,6 +431,7 @@ async def _run(
     loop = asyncio.get_running_loop()
     main = asyncio.current_task()
     assert main is not None
+    outcome: Outcome | None
     runs: list[Run] = []
     received: list[signal.Signals] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,13 +27,22 @@ def literal(value: object) -> str:
     if value is None:
         return '"none"'
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {literal(item)}" for key, item in value.items()) + " }" if value else "{}"
+        return (
+            "{ " + ", ".join(f"{key_literal(key)} = {literal(item)}" for key, item in value.items()) + " }"
+            if value
+            else "{}"
+        )
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(literal(item) for item in value)}]"
     try:
         return str(tomlkit.item(value).as_string())
     except ValueError:
         return repr(value)
+
+
+def key_literal(key: str) -> str:
+    """``key`` as it would stand in a TOML file, quoted where it must be."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else literal(key)
 
 
 def parse_file(path: str | Path) -> dict[str, Any]:

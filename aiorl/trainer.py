@@ -20,9 +20,8 @@ import torch
 from aiorl.compute.device import Placement, TorchSettings, faster_threads
 from aiorl.environments.config import LinkConfig
 from aiorl.environments.supervisor import open_workers
-from aiorl.errors import CheckpointCorrupt, EnvironmentRaised, GroupLost, LinkError, WorkerDied
+from aiorl.errors import CheckpointCorrupt, first_cause
 from aiorl.learning.checkpoint import CheckpointStore, load_weights
-from aiorl.learning.config import ReinforcementLearningTrainerConfig
 from aiorl.learning.learner import Learner
 from aiorl.learning.snapshot import Buffers
 from aiorl.learning.training import Parts, Training
@@ -34,9 +33,8 @@ from aiorl.monitoring.sinks import Recorder
 from aiorl.monitoring.system import SystemStatistics
 from aiorl.sampling.batcher import MicroBatcher
 from aiorl.sampling.channel import Channel
-from aiorl.sampling.policy import NUMPY_ACTIVATIONS, Acting, NumpyActing, Policy, TorchActing
+from aiorl.sampling.policy import Acting, NumpyActing, Policy, TorchActing
 from aiorl.sampling.rollout import Rollout
-from aiorl.sampling.trajectory import SealedEpoch
 from aiorl.tasks.base import Callback, Hooks, ReinforcementLearningTask, State
 
 if TYPE_CHECKING:
@@ -47,9 +45,11 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from aiorl.environments.supervisor import Workers
+    from aiorl.learning.config import ReinforcementLearningTrainerConfig
     from aiorl.learning.optim import LRSchedulerFactory, OptimizerFactory
     from aiorl.learning.snapshot import Contents
     from aiorl.models.base import Model
+    from aiorl.sampling.trajectory import SealedEpoch
 
 logger = logging.getLogger(__name__)
 
@@ -265,6 +265,7 @@ class ReinforcementLearningTrainer:
                 seed=seed,
                 num_epochs=state.num_epochs,
                 noise_counts=restored.extra["noise_counts"].numpy() if restored is not None else None,
+                epoch_is_over=_asks(task, state),
             )
             learner = Learner(
                 model=model,
@@ -312,7 +313,7 @@ class ReinforcementLearningTrainer:
                     incarnation=incarnation,
                 ),
                 tasks,
-                session.report,
+                lambda record: session.report(record),
             )
             trainings.append(training)
             session.ready(training, workers)
@@ -398,6 +399,18 @@ class ReinforcementLearningTrainer:
         return policy, lambda rows: place.call(policy.act, rows)
 
 
+def _asks(task: ReinforcementLearningTask, state: State) -> Callable[[int], bool] | None:
+    """The task's say in when an epoch is over, where it has one."""
+    if type(task).epoch_is_over is ReinforcementLearningTask.epoch_is_over:
+        return None
+
+    def epoch_is_over(num_rows: int) -> bool:
+        state.num_epoch_samples = num_rows
+        return task.epoch_is_over(state)
+
+    return epoch_is_over
+
+
 def _load_into(model: Model, weights: dict[str, Tensor], *, strict: bool) -> None:
     """Loads weights, or those that fit where `strict` is not set."""
     own = model.state_dict()
@@ -415,25 +428,6 @@ def _load_into(model: Model, weights: dict[str, Tensor], *, strict: bool) -> Non
         {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape},
         strict=False,
     )
-
-
-def first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What a user should see of a group of failures: the worker's own failure before what follows from it, else the first."""
-    leaves: list[BaseException] = []
-    pending: list[BaseException] = [group]
-    while pending:
-        error = pending.pop(0)
-        if isinstance(error, BaseExceptionGroup):
-            pending = [*error.exceptions, *pending]
-        else:
-            leaves.append(error)
-    ranks: list[type[BaseException]] = [EnvironmentRaised, WorkerDied]
-    for kind in ranks:
-        for error in leaves:
-            if isinstance(error, kind):
-                return error
-    own = [error for error in leaves if not isinstance(error, GroupLost | LinkError | asyncio.CancelledError)]
-    return (own or leaves)[0]
 
 
 def summary_of(outcome: Outcome, failure: BaseException | None, *, stopped: bool) -> dict[str, Any]:

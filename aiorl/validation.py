@@ -127,14 +127,14 @@ class Reader:
             self._add(*breach)
 
     def _collect_breaches(self, section: Section, path: str, broken: list[tuple[str, str, object, str]]) -> None:
-        for fields, (message, remedy) in section.breaches():
-            paths = [join(path, field) for field in fields]
-            if not any(self._is_faulty(touched) for touched in paths):
-                broken.append((paths[0], message, _value_at(section, fields[0]), remedy))
         for name in type(section).model_fields:
             inner = getattr(section, name)
             if isinstance(inner, Section):
                 self._collect_breaches(inner, join(path, name), broken)
+        for fields, (message, remedy) in section.breaches():
+            paths = [join(path, field) for field in fields]
+            if not any(self._is_faulty(touched) for touched in paths):
+                broken.append((paths[0], message, _value_at(section, fields[0]), remedy))
 
     def _is_faulty(self, path: str) -> bool:
         return any(path == faulty or path.startswith(f"{faulty}.") for faulty in self._faulty)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -113,7 +114,7 @@ class Placement:
             return self._timed(function, *args, **kwargs)
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"aiorl-{self.name}")
-        future = asyncio.wrap_future(self._executor.submit(self._timed, function, *args, **kwargs))
+        future = asyncio.wrap_future(self._executor.submit(partial(self._timed, function, *args, **kwargs)))
         try:
             result = await asyncio.shield(future)
         except asyncio.CancelledError:

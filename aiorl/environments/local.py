@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from aiorl.environments.make import EnvironmentGroup, Tick, make_environment, resolve, seed_of
+from aiorl.environments.make import EnvironmentGroup, Tick, close_environment, make_environment, resolve, seed_of
 from aiorl.environments.spaces import describe, first_action
 from aiorl.errors import EnvironmentRaised
 
@@ -263,18 +263,6 @@ def _is_awaitable(spec: EnvironmentSpec, worker: int) -> bool:
         environment = make_environment(spec, resolve(spec))
     close_environment(environment)
     return inspect.iscoroutinefunction(environment.step)
-
-
-def close_environment(environment: Any) -> None:
-    """Closes an environment in a thread that runs no loop, also where its ``close`` is a coroutine."""
-
-    async def close() -> None:
-        await environment.close()
-
-    if inspect.iscoroutinefunction(environment.close):
-        asyncio.run(close())
-    else:
-        environment.close()
 
 
 def _close_in_thread(groups: Sequence[LocalGroup | AwaitableGroup]) -> None:

@@ -194,6 +194,16 @@ def make_environment(spec: EnvironmentSpec, construct: Callable[..., Any], **mor
     return environment
 
 
+def close_environment(environment: Any) -> None:
+    """Closes an environment, in a thread that runs no loop where its ``close`` is a coroutine."""
+    if not inspect.iscoroutinefunction(environment.close):
+        environment.close()
+        return
+    import asyncio  # here, since a worker, which hosts no awaitable environment, has no use for it
+
+    asyncio.run(environment.close())
+
+
 class EnvironmentGroup:
     """K environments, made from one specification and stepped one after the other, or by their own vectorised version.
 
@@ -231,7 +241,7 @@ class EnvironmentGroup:
 
     def _make(self, spec: EnvironmentSpec, construct: Callable[..., Any], **more: Any) -> Any:
         environment = make_environment(spec, construct, **more)
-        self._environments.callback(environment.close)
+        self._environments.callback(close_environment, environment)
         return environment
 
     def reset(self, seeds: Sequence[int] | None = None) -> Array:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import gymnasium
 from gymnasium.vector import VectorEnv
 
-from aiorl.environments.local import close_environment
-from aiorl.environments.make import load, make_environment, resolve
+from aiorl.environments.make import close_environment, load, make_environment, resolve
 from aiorl.environments.spaces import describe
 from aiorl.errors import ConfigError, Fault, UnsupportedSpace
 

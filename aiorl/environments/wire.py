@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, get_type_hin
 
 import msgpack
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import NDArray  # noqa: TC002 - get_type_hints reads it
 
 from aiorl.environments.fields import MAX_HEADER_BYTES, Array, Bytes, Field, Info, Many, Spec, Text, Uint
 from aiorl.environments.make import Tick

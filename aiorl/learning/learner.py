@@ -2,12 +2,12 @@
 
     sealed epoch ──gather──► trajectories ──values──► task's postprocessing ──► dataset ──minibatches──► optimizer steps
 
-| loop            | consumes           | waits for                                              | ends when                              |
-|-----------------|--------------------|--------------------------------------------------------|----------------------------------------|
-| an update       | one sealed epoch   | its own computations, hooks, a pause, acting to be quiet | every pass is done, or the task says so |
+| loop      | consumes         | waits for                                         | ends when                               |
+|-----------|------------------|---------------------------------------------------|-----------------------------------------|
+| an update | one sealed epoch | computations, hooks, a pause, acting to be quiet  | every pass is done, or the task says so |
 
-An update is always M = max(1, round(num_epoch_samples / minibatch_size)) minibatches of nearly equal size per pass, padded to one static
-number of rows with weight 0.
+An update is always M = max(1, round(num_epoch_samples / minibatch_size)) minibatches of nearly equal size per pass,
+padded to one static number of rows with weight 0.
 
 Dimensions: B rows of the epoch, R static rows of a minibatch.
 """
@@ -323,7 +323,7 @@ class Learner:
             torch.stack(list(step.losses.values())).sum() if len(step.losses) > 1 else next(iter(step.losses.values()))
         )
         self.optimizer.zero_grad(set_to_none=self._config.set_to_none)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call] # torch has no annotation for it
         norm = self._clip()
         state = self._state
         if bool(torch.isfinite(norm)) and bool(torch.isfinite(loss)):

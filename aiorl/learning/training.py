@@ -3,10 +3,11 @@
     channel ──► learner ──► policy (a new version) ──► rollout (the next epoch may open)
                    └──────► record, report, checkpoint
 
-| loop            | consumes         | waits for                                          | unblocked by                    | ends when                                  |
-|-----------------|------------------|----------------------------------------------------|---------------------------------|--------------------------------------------|
-| `Training.run`  | sealed epochs    | an epoch, the update, a place for its record       | rollout, learner, recorder      | a limit is met; stopped and nothing is open |
-| a save          | one snapshot     | the checkpoint store's thread                      | the disk                        | the checkpoint is on disk, or has failed   |
+| loop           | consumes      | waits for, and who ends the wait                       | ends when                        |
+|----------------|---------------|--------------------------------------------------------|----------------------------------|
+| `Training.run` | sealed epochs | an epoch (rollout), the update (learner),              | a limit is met; stopped, and     |
+|                |               | a place for its record (recorder)                      | nothing is open                  |
+| a save         | one snapshot  | the checkpoint store's thread (the disk)               | it is on disk, or has failed     |
 
 While a save is under way the next checkpoint waits for its buffers: the learner waits then, never the loop.
 """
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aiorl.errors import ChannelClosed, CheckpointError
+from aiorl.learning.optim import set_learning_rate
 from aiorl.learning.snapshot import Contents
 from aiorl.monitoring.metrics import EpisodeWindow, EpochRecord
 
@@ -301,6 +303,7 @@ class Training:
         finally:
             snapshot.release()
         self._failure = None
+        logger.info("checkpoint written: %s", path)
         for future in wanted:
             if not future.done():
                 future.set_result(path)
@@ -333,6 +336,10 @@ class Training:
         logger.warning("the epoch under way was not finished within drain_timeout: it is given up")
         self.parts.channel.close()
         self.parts.learner.stop()
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Learns with the base rate `lr` from now on; the schedule goes on from where it is."""
+        set_learning_rate(self.parts.learner.optimizer, self.parts.learner.scheduler, lr)
 
     def reconfigure(self, config: ReinforcementLearningTrainerConfig) -> None:
         """Goes by `config` from now on; only limits, intervals and the clipping of gradients may differ."""

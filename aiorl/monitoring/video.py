@@ -1,8 +1,11 @@
-"""Clips of environments being played, as ``.gif`` or ``.mp4``, with what the extra ``video`` installs."""
+"""Clips of environments being played, as ``.gif`` or ``.mp4``, written with what the extra ``video`` installs.
+
+Dimensions: H height and W width of a frame, in pixels.
+"""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
@@ -10,31 +13,108 @@ import numpy as np
 from aiorl.errors import ConfigError, Fault
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-_EXTRA: Final = 'pip install "aiorl[video]"'
-_HIGHEST_GIF_RATE: Final = 50  # frames per second: players slow down what is shown for less than 20 ms
+REMEDY: Final = 'pip install "aiorl[video]"'
+
+_SHORTEST_GIF_FRAME_MS: Final = 20  # players slow down what is to be shown for less
 
 
 class Clip(Protocol):
     """A clip that is being recorded."""
 
     def add(self, frame: NDArray[np.uint8]) -> None:
-        """Adds a picture, uint8 ``[height, width, 3]``, of the size of the first one."""
+        """Adds a frame, uint8 ``[H, W, 3]``; all are of one size."""
+
+    def close(self, *, complete: bool) -> None:
+        """Writes what has not been written yet, where the clip is complete, and lets go of everything."""
 
 
-def open_clip(path: Path, *, frames_per_s: float) -> Clip:
-    """A clip into which frames can be added, and which `saved` writes.
+@contextmanager
+def recording(path: Path, *, frames_per_s: float) -> Iterator[Clip]:
+    """A clip to add frames to, which lies under ``path`` when the context is left, and does not if it fails.
+
+    Blocks on the disk. A ``.gif`` is held in memory until then, a byte per pixel; an ``.mp4`` is not.
 
     Args:
-        path: Where to; ends in ``.gif`` or ``.mp4``.
-        frames_per_s: How fast it is to be shown.
+        path: Ends in ``.gif`` or ``.mp4``; an earlier file is replaced.
+        frames_per_s: How fast to show it.
 
     Raises:
-        ConfigError: Another ending, a folder that does not exist, or a library that is not installed.
+        ConfigError: Another ending, a library that is not installed, or a file that cannot be written.
     """
-    raise NotImplementedError(path, frames_per_s)
+    kinds: dict[str, Callable[[Path, float], Clip]] = {".gif": _Gif, ".mp4": _Mp4}
+    kind = kinds.get(path.suffix.lower())
+    if kind is None:
+        raise _fault(path, "is neither a .gif nor an .mp4", "name one of these")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+        clip = kind(path, frames_per_s)
+    except ImportError as error:
+        raise _fault(path, f"cannot be written: {error.name} is not installed", REMEDY) from error
+    except OSError as error:
+        raise _fault(path, f"cannot be written: {error.strerror or error}", "name another file") from error
+    try:
+        yield clip
+        clip.close(complete=True)
+    except BaseException:
+        clip.close(complete=False)
+        with suppress(OSError):
+            path.unlink()
+        raise
+
+
+def _fault(path: Path, message: str, remedy: str) -> ConfigError:
+    return ConfigError([Fault("--video", message, str(path), remedy)])
+
+
+class _Gif:
+    """Frames of 256 colours, each with a palette of its own."""
+
+    def __init__(self, path: Path, frames_per_s: float) -> None:
+        from PIL.Image import fromarray
+
+        self._as_image = fromarray
+        self._path = path
+        self._frame_ms = max(_SHORTEST_GIF_FRAME_MS, round(1000 / frames_per_s))
+        self._frames: list[Image] = []
+
+    def add(self, frame: NDArray[np.uint8]) -> None:
+        self._frames.append(self._as_image(frame).quantize())
+
+    def close(self, *, complete: bool) -> None:
+        frames, self._frames = self._frames, []
+        if not complete or not frames:
+            return
+        first, *others = frames
+        first.save(self._path, format="GIF", save_all=True, append_images=others, duration=self._frame_ms, loop=0)
+
+
+class _Mp4:
+    """H.264, in colours that every player shows, encoded by ffmpeg while frames come."""
+
+    def __init__(self, path: Path, frames_per_s: float) -> None:
+        from imageio_ffmpeg import write_frames
+
+        self._write_frames = write_frames
+        self._path = path
+        self._frames_per_s = frames_per_s
+        self._encoder: Generator[None, Any, None] | None = None
+
+    def add(self, frame: NDArray[np.uint8]) -> None:
+        height, width = (size & ~1 for size in frame.shape[:2])  # the format has no odd sizes
+        if self._encoder is None:
+            self._encoder = self._write_frames(
+                str(self._path), (width, height), fps=self._frames_per_s, macro_block_size=2
+            )
+            self._encoder.send(None)
+        self._encoder.send(np.ascontiguousarray(frame[:height, :width]))
+
+    def close(self, *, complete: bool) -> None:
+        if self._encoder is not None:
+            self._encoder.close()

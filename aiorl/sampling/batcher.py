@@ -222,11 +222,12 @@ class MicroBatcher:
             if request.done():
                 await asyncio.sleep(0)
             return await request
-        except asyncio.CancelledError:
-            if not request.cancelled() and request.exception() is None:
+        except BaseException as error:
+            if request.done() and not request.cancelled() and request.exception() is None:
                 self._num_cancelled += 1  # answered, but nobody is there to take it
-            self._queue.outstanding.discard(producer)
-            self._pump()
+            if isinstance(error, asyncio.CancelledError):
+                self._queue.outstanding.discard(producer)
+                self._pump()
             raise
         finally:
             self._num_pending -= 1
@@ -298,9 +299,11 @@ class MicroBatcher:
             self._set_timer(self._queue.oldest.queued_at + self._queue.max_wait_time - time.perf_counter())
 
     def _set_timer(self, delay_s: float) -> None:
-        if self._loop is not None:
-            later = self._loop.call_later
-            self._timer = later(delay_s, self._on_timer) if delay_s > 0 else self._loop.call_soon(self._on_timer)
+        loop = asyncio.get_running_loop()
+        if delay_s > 0:
+            self._timer = loop.call_later(delay_s, self._on_timer)
+        else:
+            self._timer = loop.call_soon(self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -331,8 +334,8 @@ class MicroBatcher:
             self._fail([request for request, _ in batch], error)
         else:
             self._deliver(batch, answers)
-        if self._loop is not None and (len(self._queue) or self._queue.closing):
-            self._loop.call_soon(self._pump)
+        if len(self._queue) or self._queue.closing:
+            asyncio.get_running_loop().call_soon(self._pump)
 
     def _deliver(self, batch: Batch, answers: Rows) -> None:
         expected = sum(num_rows for _, num_rows in batch)

@@ -103,6 +103,7 @@ class _Epoch:
     """One unsealed epoch."""
 
     number: int
+    goal: int  # kept rows that complete it
     landed: int = 0
     granted: int = 0
     num_outstanding: int = 0
@@ -166,7 +167,7 @@ class EpochLedger:
         """What the ledger waits for, in a sentence: for watchdogs and consoles."""
         held = "paused; " if self._paused else "finishing; " if self._finishing else ""
         epochs = ", ".join(
-            f"epoch {epoch.number}: {epoch.landed} of {self._num_epoch_samples} rows landed, {epoch.num_outstanding} steps outstanding"
+            f"epoch {epoch.number}: {epoch.landed} of {epoch.goal} rows landed, {epoch.num_outstanding} steps outstanding"
             for epoch in self._epochs
         )
         return f"{held}{epochs or 'no epoch open'}; {len(self._waiting)} groups wait for a grant; epoch {self._num_learned} is learned"
@@ -281,6 +282,15 @@ class EpochLedger:
         self._paused = False
         self._settle()
 
+    def complete(self) -> None:
+        """The oldest open epoch asks for no more rows than it has: it is sealed when its outstanding steps have landed.
+
+        An epoch in which nothing has landed cannot be complete: then nothing happens.
+        """
+        if self._epochs and self._epochs[0].landed:
+            self._epochs[0].goal = self._epochs[0].landed
+            self._settle()
+
     def finish(self) -> None:
         """Opens no further epoch; the open ones are completed."""
         self._finishing = True
@@ -321,7 +331,7 @@ class EpochLedger:
                 yield tick
 
     def _full(self, epoch: _Epoch) -> bool:
-        return epoch.landed + epoch.granted >= self._num_epoch_samples
+        return epoch.landed + epoch.granted >= epoch.goal
 
     def _epoch(self, number: int) -> _Epoch:
         return self._epochs[number - self._epochs[0].number]
@@ -345,7 +355,7 @@ class EpochLedger:
         number = self._num_opened + 1
         if self._finishing or self._num_undispatched or self._num_learned < number - 1 - self._max_policy_lag:
             return None
-        epoch = _Epoch(number, landed=self._early_rows, late=self._early_rows)
+        epoch = _Epoch(number, self._num_epoch_samples, landed=self._early_rows, late=self._early_rows)
         self._early_rows = 0
         self._num_opened = number
         self._epochs.append(epoch)

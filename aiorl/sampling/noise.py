@@ -47,7 +47,7 @@ class ActionNoise:
     def counts(self) -> NDArray[np.int64]:
         """``int64 [K]``: how many numbers each environment has drawn, to go on from there."""
         used = self._drawn
-        return used if self._common < 0 else used + (self._common - self._cursor)
+        return used.copy() if self._common < 0 else used + (self._common - self._cursor)
 
     def draw(self, masked: NDArray[np.bool_] | None) -> NDArray[np.float64]:
         """``float64 [K]`` for the next step; where `masked` the step is no transition, and 0 stands in for a number."""
@@ -56,13 +56,13 @@ class ActionNoise:
                 self._settle()
                 self._refill(self._rows)
             self._common += 1
-            return self._block[self._common - 1].copy()
+            return np.array(self._block[self._common - 1])
         self._settle()
         empty = np.flatnonzero(self._cursor == _BLOCK)
         if len(empty):
             self._refill(empty)
         self._common = -1
-        out = self._block[self._cursor, self._rows]
+        out: NDArray[np.float64] = self._block[self._cursor, self._rows]
         if masked is None:
             step: Any = 1
         else:

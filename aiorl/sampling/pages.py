@@ -349,8 +349,7 @@ class GroupTrack:
                     pieces.append(Piece(page, 0, stop, take))
                     page.holds += 1
             elif fresh < stop:
-                take = None if real.all() else real.astype(np.bool_)
-                pieces.append(Piece(page, fresh, stop, take))
+                pieces.append(Piece(page, fresh, stop, None if real.all() else real.astype(np.bool_)))
                 page.holds += 1
         following = self._following(boundary)
         num_ticks = boundary - self._boundary
@@ -368,7 +367,7 @@ class GroupTrack:
         """What was observed after tick `boundary` - 1."""
         if boundary < self._num_ticks:
             page, row = self._place(boundary)
-            return page.observations[row].copy()
+            return np.array(page.observations[row])
         assert self._observations is not None, "a group that never began has no rows to seal"
         return np.array(self._observations)
 

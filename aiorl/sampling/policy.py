@@ -40,12 +40,14 @@ def _activation(
 
 @_activation("tanh")
 def _tanh(x: NDArray[Any]) -> NDArray[Any]:
-    return np.tanh(x, out=x)
+    np.tanh(x, out=x)
+    return x
 
 
 @_activation("relu")
 def _relu(x: NDArray[Any]) -> NDArray[Any]:
-    return np.maximum(x, 0, out=x)
+    np.maximum(x, 0, out=x)
+    return x
 
 
 @_activation("elu")
@@ -55,7 +57,8 @@ def _elu(x: NDArray[Any]) -> NDArray[Any]:
 
 @_activation("gelu")
 def _gelu(x: NDArray[Any]) -> NDArray[Any]:
-    return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi).astype(x.dtype) * (x + 0.044715 * x * x * x)))
+    inner = np.sqrt(2.0 / np.pi).astype(x.dtype) * (x + 0.044715 * x * x * x)
+    return np.multiply(0.5 * x, 1.0 + np.tanh(inner))
 
 
 @_activation("silu")

@@ -29,7 +29,7 @@ from aiorl.sampling.pages import GroupTrack, PagePool
 from aiorl.sampling.trajectory import SealedEpoch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -78,6 +78,7 @@ class Rollout:
         seed: Of the action noise.
         num_epochs: Epochs that an earlier run learned.
         noise_counts: Real steps of each environment in that run, by global index; None: none.
+        epoch_is_over: Asked after each landing with the rows that landed in unsealed epochs: whether to seal now. None: never.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Rollout:
         seed: int,
         num_epochs: int = 0,
         noise_counts: NDArray[np.int64] | None = None,
+        epoch_is_over: Callable[[int], bool] | None = None,
     ) -> None:
         sizes = [group.num_envs for group in groups]
         young = config.min_trajectory_length > 1
@@ -111,6 +113,7 @@ class Rollout:
         self._batcher = batcher
         self._policy = policy
         self._channel = channel
+        self._epoch_is_over = epoch_is_over
         self._finishing = False
         self._window = _Window()
         self._opened_at: dict[int, float] = {}
@@ -197,6 +200,8 @@ class Rollout:
                         self._window.returns += landing.returns
                         self._window.lengths += landing.lengths
                     ledger.land(key, landing.adds, landing.dropped, loop.time())
+                    if self._epoch_is_over is not None and self._epoch_is_over(ledger.unsealed_rows):
+                        ledger.complete()
                     self._carry_out()
                     observations = tick.observations
         except GroupLost:

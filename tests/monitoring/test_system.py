@@ -35,9 +35,14 @@ async def figures_with(statistics: SystemStatistics, names: Iterable[str]) -> di
     """The first figures that hold all names; readings come about every 10 ms."""
     wanted = set(names)
     async with asyncio.timeout(10):
-        while not wanted <= (figures := statistics.latest()).keys():
+        while not wanted <= (figures := statistics.latest()).keys():  # noqa: ASYNC110, they come by the clock
             await asyncio.sleep(0.005)
     return figures
+
+
+def resident_bytes() -> int:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) * 1024
 
 
 class DriverError(Exception):
@@ -109,9 +114,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 async def test_figures_of_this_process_and_its_children(child: subprocess.Popen[bytes]) -> None:
     async with SystemStatistics(Intervals()) as statistics:
         figures = await figures_with(statistics, ["system/cpu_percent", "system/children_cpu_percent_mean"])
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    resident = int(status["VmRSS"].split()[0]) * 1024
-    assert figures["system/rss_bytes"] == pytest.approx(resident, rel=0.2)
+    assert figures["system/rss_bytes"] == pytest.approx(resident_bytes(), rel=0.2)
     assert figures["system/vms_bytes"] > figures["system/rss_bytes"]
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert figures["system/memory_percent"] == pytest.approx(100 * figures["system/rss_bytes"] / total, rel=0.05)

@@ -503,6 +503,26 @@ async def test_what_no_future_can_hold_becomes_a_batcher_error() -> None:
             await batcher.submit(rows(1))
 
 
+async def test_neighbours_of_a_submit_that_was_interrupted_while_it_computed_do_not_hang() -> None:
+    class Stop(BaseException):
+        pass
+
+    def infer(batch: NDArray[Any]) -> NDArray[Any]:
+        if batch[0, 0] == 0:
+            raise Stop
+        return batch
+
+    async with MicroBatcher(infer, max_batch_size=2) as batcher:
+        neighbour = asyncio.Task(batcher.submit(rows(0)))
+        await turns()
+        with pytest.raises(Stop):
+            await batcher.submit(rows(1))
+        error = await failure(neighbour)
+        assert isinstance(error, BatcherError)
+        assert isinstance(error.__cause__, Stop)
+        assert len(await batcher.submit(rows(1, 2))) == 2
+
+
 async def test_an_asynchronous_inference_that_is_cancelled_from_within_fails_its_batch_alone() -> None:
     held = asyncio.get_running_loop().create_future()
 
@@ -838,6 +858,14 @@ async def test_cancelling_the_context_while_it_drains_ends_the_inference() -> No
     assert infer.num_cancelled == 1
     assert isinstance(await failure(refused[0]), BatcherClosed)
     await batcher.aclose()
+
+
+async def test_closing_takes_the_timer_away() -> None:
+    async with MicroBatcher(Doubler(), max_batch_size=2, max_wait_time=3600.0) as batcher, asyncio.TaskGroup() as tasks:
+        tasks.create_task(batcher.submit(rows(1)))
+        await turns()
+        await batcher.submit(rows(2))  # the timer stays for the next row
+        await batcher.aclose()
 
 
 async def test_closing_before_opening_ends_at_once() -> None:

@@ -1,0 +1,118 @@
+"""What is built before a run starts: preflight, task, model and folder; and what it goes on from. Everything here blocks.
+
+It is imported and called in a thread, since it imports torch and constructs environments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from aiorl.config import Config, differences, load_config, to_toml
+from aiorl.environments.preflight import preflight
+from aiorl.errors import CheckpointMissing, ConfigError, Fault, RunMismatch, UnsupportedSpace
+from aiorl.learning.checkpoint import CheckpointStore
+from aiorl.learning.optim import build_lr_scheduler, build_optimizer
+from aiorl.models.base import build_model
+from aiorl.monitoring.folder import RunFolder
+from aiorl.tasks.base import build_task
+
+if TYPE_CHECKING:
+    from aiorl.learning.optim import LRSchedulerFactory, OptimizerFactory
+    from aiorl.learning.snapshot import Contents
+    from aiorl.models.base import Model
+    from aiorl.tasks.base import ReinforcementLearningTask
+
+Resume = Literal["auto", "never", "must"]
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What is built before the trainer starts."""
+
+    task: ReinforcementLearningTask
+    model: Model
+    optimizer: OptimizerFactory
+    lr_scheduler: LRSchedulerFactory
+    folder: RunFolder
+
+
+def check(config: Config, task: ReinforcementLearningTask | None = None, model: Model | None = None) -> Model:
+    """Preflight: builds one environment and the model, and looks at the run's folder, without starting anything. Blocks.
+
+    Returns:
+        The model, its weights drawn from the run's seed.
+
+    Raises:
+        ConfigError: With every fault found.
+    """
+    trainer = config.trainer
+    faults = RunFolder.faults(trainer.exp_dir, trainer.exp_name)
+    try:
+        info = preflight((task or build_task(config.task)).get_environment())
+        if model is None:
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(trainer.seed)
+                model = build_model(config.model, info)
+    except ConfigError as error:
+        faults.extend(error.faults)
+    except UnsupportedSpace as error:
+        remedy = "choose another environment, or wrap it"
+        faults.append(Fault("task.environment.id", str(error), f'"{config.task.environment.id}"', remedy))
+    if faults or model is None:
+        raise ConfigError(faults)
+    return model
+
+
+def prepare(
+    config: Config,
+    task: ReinforcementLearningTask | None,
+    model: Model | None,
+    optimizer: OptimizerFactory | None,
+    lr_scheduler: LRSchedulerFactory | None,
+) -> Prepared:
+    """Builds task and model and makes the folder. Blocks."""
+    task = task or build_task(config.task)
+    model = check(config, task, model)
+    trainer = config.trainer
+    return Prepared(
+        task,
+        model,
+        optimizer or build_optimizer(config.optimizer),
+        lr_scheduler or build_lr_scheduler(config.lr_scheduler, trainer.total_samples),
+        RunFolder.create(trainer.exp_dir, trainer.exp_name, log_dir_name=trainer.log_dir_name),
+    )
+
+
+def restore(config: Config, folder: RunFolder, resume: Resume) -> Contents | None:
+    """What the run goes on from, after comparing configurations; writes the folder's first files. Blocks.
+
+    Raises:
+        CheckpointMissing: ``resume = "must"`` and there is nothing to resume.
+        RunMismatch: The folder's run was configured otherwise, or must not be gone on from.
+    """
+    restored: Contents | None = None
+    if folder.holds_checkpoint:
+        if resume == "never":
+            raise RunMismatch(
+                f"{folder.path} holds a run already: choose another trainer.exp_dir, or resume it", folder=folder.path
+            )
+        if folder.config_file.exists():
+            changed = differences(load_config(folder.config_file), config)
+            if changed:
+                lines = "\n".join(f"  {difference}" for difference in changed)
+                raise RunMismatch(
+                    f"the run in {folder.path} was made with another configuration:\n{lines}\n"
+                    "set these back, or choose another trainer.exp_dir",
+                    folder=folder.path,
+                )
+        restored = CheckpointStore(folder.checkpoints, only_most_recent=True).load().contents
+    elif resume == "must":
+        raise CheckpointMissing(
+            f"{folder.path} holds no checkpoint to resume: name the run's folder as trainer.exp_dir"
+        )
+    folder.write_config(to_toml(config))
+    folder.write_provenance()
+    return restored

@@ -1,0 +1,202 @@
+"""Small environments whose observations tell seed, episode and step, and that misbehave when asked to."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from numpy.typing import NDArray
+
+Row: TypeAlias = NDArray[np.float64]
+Outcome: TypeAlias = tuple[Row, float, bool, bool, dict[str, Any]]
+
+RELEASED = threading.Event()
+"""Ends what ``misbehave = "wait"`` waits for, in this process."""
+
+
+class Walk(gymnasium.Env[Row, int]):
+    """Observes (seed, episode, step, position); an episode's length is drawn at its reset. Rewards its step's number.
+
+    Odd episodes terminate, even ones are truncated; with ``both``, all do both.
+    """
+
+    def __init__(
+        self,
+        *,
+        misbehave: str = "",
+        where: str = "step",
+        at_step: int = 3,
+        only_seed: int | None = None,
+        both: bool = False,
+        start: int = 0,
+    ) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, (4,), np.float64)
+        self.action_space = spaces.Discrete(2, start=start)
+        self.closed = False
+        self._misbehave, self._where, self._at_step, self._both = misbehave, where, at_step, both
+        self._start = start
+        self._seed = self._episode = self._step = self._position = self._length = 0
+        self._buffer = np.zeros(4)
+        if where == "constructor":
+            self._act_up()
+
+    def _act_up(self) -> None:
+        if self._misbehave == "raise":
+            print("about to raise", file=sys.stderr)  # noqa: T201
+            raise ValueError("the bridge is out")
+        if self._misbehave == "print":
+            print("x" * 5000)  # noqa: T201
+        elif self._misbehave == "exit":
+            print("about to exit", file=sys.stderr, flush=True)  # noqa: T201
+            os._exit(7)
+        elif self._misbehave == "sys.exit":
+            sys.exit(9)
+        elif self._misbehave == "sleep":
+            time.sleep(3600)
+        elif self._misbehave == "spin":
+            while True:
+                pass
+        elif self._misbehave == "wait":
+            RELEASED.wait()
+
+    def _observe(self) -> Row:
+        self._buffer[:] = self._seed, self._episode, self._step, self._position
+        return self._buffer  # always the same one: whoever keeps it has to copy it
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Row, dict[str, Any]]:
+        super().reset(seed=seed, options=options)
+        if seed is not None:
+            self._seed, self._episode = seed, 0
+        if self._where == "reset":
+            self._act_up()
+        self._episode += 1
+        self._step = 0
+        self._position = int(self.np_random.integers(100))
+        self._length = int(self.np_random.integers(1, 8))
+        return self._observe(), {}
+
+    def step(self, action: int) -> Outcome:
+        assert self.action_space.contains(action)
+        self._step += 1
+        self._position += 1 + action - self._start
+        if self._where == "step" and self._step == self._at_step:
+            self._act_up()
+        ends = self._step == self._length
+        odd = self._episode % 2 == 1
+        return self._observe(), float(self._step), ends and (odd or self._both), ends and (not odd or self._both), {}
+
+    def close(self) -> None:
+        if self._where == "close":
+            self._act_up()
+        self.closed = True
+
+
+class Copied(Walk):
+    """A walk that reuses no buffer: SyncVectorEnv hands on as ``final_obs`` what a reset then overwrites."""
+
+    def _observe(self) -> Row:
+        return super()._observe().copy()
+
+
+def vector(num_envs: int, autoreset: str = "SameStep", **kwargs: Any) -> SyncVectorEnv:
+    """A vector environment of walks in one of Gymnasium's autoreset modes."""
+    return SyncVectorEnv([lambda: Copied(**kwargs)] * num_envs, autoreset_mode=autoreset)
+
+
+class Asked(SyncVectorEnv):
+    """A vector environment that resets as Gymnasium does by default, unless it is asked."""
+
+    def __init__(self, num_envs: int, autoreset_mode: AutoresetMode = AutoresetMode.NEXT_STEP) -> None:
+        super().__init__([Copied] * num_envs, autoreset_mode=autoreset_mode)
+
+
+class Unreset(SyncVectorEnv):
+    """A vector environment that does not say when it resets."""
+
+    def __init__(self, num_envs: int) -> None:
+        super().__init__([Walk] * num_envs)
+        del self.metadata["autoreset_mode"]
+
+
+class Mirror(gymnasium.Env[Row, int]):
+    """Observes its process: torch imported, pydantic imported, warnings as errors, resident bytes."""
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, (4,), np.float64)
+        self.action_space = spaces.Discrete(2)
+
+    def _observe(self) -> Row:
+        status = Path("/proc/self/status").read_text()
+        resident = int(status.partition("VmRSS:")[2].split()[0]) * 1024
+        return np.array(
+            ["torch" in sys.modules, "pydantic" in sys.modules, resident, "error" in sys.warnoptions], float
+        )
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Row, dict[str, Any]]:
+        return self._observe(), {}
+
+    def step(self, action: int) -> Outcome:
+        return self._observe(), 0.0, False, False, {}
+
+
+class AwaitableWalk:
+    """A walk whose reset and step are coroutines."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._walk = Walk(**kwargs)
+        self.observation_space = self._walk.observation_space
+        self.action_space = self._walk.action_space
+        self.num_waiting = 0
+        self.closed = False
+
+    async def reset(self, *, seed: int | None = None) -> tuple[Row, dict[str, Any]]:
+        await asyncio.sleep(0)
+        return self._walk.reset(seed=seed)
+
+    async def step(self, action: int) -> Outcome:
+        if self._walk._misbehave == "await" and self._walk._step + 1 == self._walk._at_step:
+            await asyncio.get_running_loop().create_future()
+        await asyncio.sleep(0)
+        return self._walk.step(action)
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+        self.closed = True
+
+
+class Doubled(gymnasium.RewardWrapper[Row, int]):
+    """Pays twice."""
+
+    def reward(self, reward: Any) -> float:
+        return 2.0 * float(reward)
+
+
+class Pixels(Walk):
+    """Observes more than fits into a header."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = spaces.Box(0, 255, (84, 84, 1), np.uint8)
+
+    def _observe(self) -> Any:
+        return np.full((84, 84, 1), self._step, np.uint8)
+
+
+class Nested(Walk):
+    """Observes a dictionary, which is not supported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = spaces.Dict({"a": spaces.Discrete(2)})  # type: ignore[assignment]
+
+
+NOT_CALLABLE = 3

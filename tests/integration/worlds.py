@@ -1,0 +1,55 @@
+"""Environments that misbehave on demand."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+
+class Chain(gymnasium.Env[np.ndarray[Any, Any], np.int64]):
+    """Counts its steps; an episode takes `length` of them, each worth 1."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, length: int = 10, raise_in: str = "", after: int = 50) -> None:
+        self.length = length
+        self.raise_in = raise_in
+        self.after = after
+        self.num_steps = 0
+        self.at = 0
+
+    def _misbehave(self, where: str) -> None:
+        if self.raise_in == where and self.num_steps >= (self.after if where != "reset" else 1):
+            raise RuntimeError(f"the chain broke in {where}")
+        if self.raise_in == "kill" and where == "step" and self.num_steps >= self.after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _observe(self) -> np.ndarray[Any, Any]:
+        return np.array([self.at, self.num_steps], np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._misbehave("reset")
+        self.at = 0
+        return self._observe(), {}
+
+    def step(self, action: np.int64) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.num_steps += 1
+        self._misbehave("step")
+        self.at += 1
+        return self._observe(), 1.0, self.at >= self.length, False, {}
+
+
+class Sticky(Chain):
+    """Never comes back from a step once the file named by AIORL_TEST_STICK exists."""
+
+    def step(self, action: np.int64) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        while Path(os.environ["AIORL_TEST_STICK"]).exists():
+            signal.pause()
+        return super().step(action)
