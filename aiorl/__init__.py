@@ -17,7 +17,6 @@ The public names are loaded when they are first used: a worker imports this pack
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -74,6 +73,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Loads a public name from its home."""
     if name == "__version__":
+        from importlib.metadata import version
+
         return version("aiorl")
     home = _HOMES.get(name)
     if home is None:

@@ -21,11 +21,11 @@ import torch
 
 from aiorl.compute.device import TorchSettings
 from aiorl.config import Config, load_config
-from aiorl.environments.local import close_environment, open_local
-from aiorl.environments.make import make_environment, resolve, seed_of
+from aiorl.environments.local import open_local
+from aiorl.environments.make import close_environment, make_environment, resolve, seed_of
 from aiorl.environments.preflight import preflight
 from aiorl.environments.spaces import first_action
-from aiorl.errors import CheckpointCorrupt, CheckpointMissing, ConfigError, Fault, RunFolderError
+from aiorl.errors import CheckpointCorrupt, CheckpointMissing, ConfigError, Fault, RunFolderError, first_cause
 from aiorl.learning.checkpoint import CheckpointStore
 from aiorl.models.base import build_model
 from aiorl.models.mlp import MLP
@@ -34,7 +34,6 @@ from aiorl.monitoring.video import REMEDY, recording
 from aiorl.sampling.noise import ActionNoise
 from aiorl.sampling.policy import NumpyActing, TorchActing
 from aiorl.tasks.base import ReinforcementLearningTask, build_task
-from aiorl.trainer import first_cause
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,10 +103,9 @@ class LoadedPolicy:
         """
         spec = self.info.observation
         rows = np.asarray(observation)
-        if rows.shape not in (spec.shape, (len(rows) if rows.ndim else 0, *spec.shape)):
-            raise ValueError(
-                f"an observation of shape {rows.shape}, where the policy takes {spec.shape}, or a batch of these"
-            )
+        if not rows.size or rows.shape not in (spec.shape, (*rows.shape[:1], *spec.shape)):
+            text = f"an observation of shape {rows.shape}, where the policy takes {spec.shape}, or a batch of these"
+            raise ValueError(text)
         is_batch = rows.ndim > len(spec.shape)
         rows = rows.reshape(-1, *spec.shape).astype(spec.dtype, casting="same_kind")
         actions, _ = self._act(rows, self._generator.random(len(rows)), optimal)
@@ -119,7 +117,8 @@ def load_policy(run_folder: str | Path, *, seed: int = 0) -> LoadedPolicy:
     """Loads the policy of a run's newest checkpoint, on the CPU.
 
     Blocks for as long as the environment takes to be imported and made: a running loop calls it through
-    ``asyncio.to_thread``. Nothing in the folder is executed, but what its configuration names is imported.
+    ``asyncio.to_thread``. A checkpoint cannot run code, but the run's configuration names what is imported and called:
+    load no folder whose ``config.toml`` you would not run.
 
     Args:
         run_folder: For example ``runs/cartpole/run_0``. The run may be going on.
@@ -145,7 +144,7 @@ class Evaluation:
         optimal: Whether actions were greedy.
         returns: Undiscounted return of each episode, float64 ``[episodes]``.
         lengths: Transitions of each, int64 ``[episodes]``.
-        wall_s: Time spent playing.
+        wall_s: Time spent playing them, in seconds.
     """
 
     folder: Path
@@ -221,9 +220,9 @@ def evaluate(
     if seed is None:
         own = learned.config.task.environment.env_seed
         seed = learned.config.trainer.seed if own is None else own
-    started = time.perf_counter()
     if video is not None:
         _record(learned, video, optimal=optimal, seed=seed)
+    started = time.perf_counter()
     played = asyncio.run(_play_all(learned, episodes, optimal=optimal, seed=seed))
     returns, lengths = zip(*played, strict=True)
     return Evaluation(
@@ -298,7 +297,8 @@ def _acting(model: Model, task: ReinforcementLearningTask) -> Act:
 def _why_no_run(folder: Path) -> str:
     if not folder.exists():
         return "it does not exist"
-    runs = sorted(folder.glob("**/config.toml"), key=lambda path: path.stat().st_mtime)
+    found = [path for pattern in ("*/config.toml", "*/*/config.toml") for path in folder.glob(pattern)]
+    runs = sorted(found, key=lambda path: path.stat().st_mtime)
     if runs:
         return f"it has no config.toml; did you mean {runs[-1].parent}?"
     return "it has no config.toml"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from aiorl.config import Config, differences, load_config, to_toml
+from aiorl.environments.link import check_endpoint
 from aiorl.environments.preflight import preflight
 from aiorl.errors import CheckpointMissing, ConfigError, Fault, RunMismatch, UnsupportedSpace
 from aiorl.learning.checkpoint import CheckpointStore
@@ -50,6 +51,10 @@ def check(config: Config, task: ReinforcementLearningTask | None = None, model: 
     """
     trainer = config.trainer
     faults = RunFolder.faults(trainer.exp_dir, trainer.exp_name)
+    try:
+        check_endpoint(config.link.endpoint)
+    except ConfigError as error:
+        faults.extend(error.faults)
     try:
         info = preflight((task or build_task(config.task)).get_environment())
         if model is None:

@@ -131,6 +131,7 @@ class Run:
         self._news = asyncio.Event()
         self._ended = asyncio.Event()
         self._last: EpochReport | None = None
+        self._listeners: list[Callable[[EpochRecord], object]] = []
 
     # ------------------------------------------------------------------ watching
     def __aiter__(self) -> Run:
@@ -173,6 +174,10 @@ class Run:
             workers=self._workers.statistics(),
             metrics=self._last.metrics if self._last is not None else {},
         )
+
+    def add_listener(self, listener: Callable[[EpochRecord], object]) -> None:
+        """Calls `listener` with every epoch's record from now on, on the loop: it must be brief, and not raise."""
+        self._listeners.append(listener)
 
     def add_callback(self, callback: Callback) -> None:
         """Tells `callback` about the run from now on, after the task and the callbacks before it."""
@@ -244,6 +249,8 @@ class Run:
         self._last = EpochReport.of(record)
         self._reports.append(self._last)
         self._news.set()
+        for listener in self._listeners:
+            listener(record)
 
     def _end(self, outcome: Outcome) -> None:
         self.outcome = outcome
@@ -434,6 +441,7 @@ async def _run(
     outcome: Outcome | None
     runs: list[Run] = []
     received: list[signal.Signals] = []
+    companions: list[asyncio.Task[None]] = []
 
     def on_signal(number: signal.Signals) -> None:
         first = not received
@@ -441,6 +449,8 @@ async def _run(
         if runs and first:
             logger.info("%s: finishing the open epoch, then a checkpoint", number.name)
             runs[0].stop(f"stopped by {number.name}")
+            for companion in companions:
+                companion.cancel()
         elif not runs or number is signal.SIGINT:
             main.cancel()
 
@@ -455,7 +465,8 @@ async def _run(
             if opened is not None:
                 opened(run)
             if beside is not None:
-                await beside(run)
+                async with asyncio.TaskGroup() as tasks:
+                    companions.append(tasks.create_task(beside(run), name="beside the run"))
                 run.stop("its console was left")
             outcome = await run.wait()
     except asyncio.CancelledError:

@@ -67,7 +67,7 @@ def _leaked(before: dict[str, str]) -> dict[str, str]:
 
 def _leavable(thread: threading.Thread) -> bool:
     """Whether a thread belongs to the test machinery, or to the default pool that a loop joins when it is closed."""
-    return thread.name.startswith(("pytest_timeout", "asyncio_"))
+    return thread.name.startswith(("pytest_timeout", "asyncio_", "uvloop_"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """The kinds of field that messages are made of: how each is written, and everything that is checked when it is read.
 
-``dump`` turns a value into something that msgpack takes, ``load`` turns it back, and raises ``MalformedMessage`` for anything that
-``dump`` would not have written. Arrays that are too large for the header are appended to, and taken from, the frames that
-follow it.
+``dump`` turns a value into something that msgpack takes, ``load`` turns it back, and raises ``MalformedMessage`` for
+anything that ``dump`` would not have written. Arrays that are too large for the header are appended to, and taken from,
+the frames that follow it.
 """
 # ruff: noqa: D102 - Field says what dump and load do
 
@@ -64,7 +64,7 @@ class Uint:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A string of at most ``maximum`` characters. Of a longer one the end is sent, where a traceback says what happened."""
+    """A string of at most ``maximum`` characters; of a longer one the end is sent, where a traceback has its cause."""
 
     maximum: int = MAX_TEXT
 

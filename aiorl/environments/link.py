@@ -103,6 +103,7 @@ class LinkServer:
         self._drain_handle: asyncio.Handle | None = None
         self._socket = self.context.socket(zmq.ROUTER)
         self._is_closed = False
+        self.endpoint = ""
         try:
             _configure(self._socket)
             self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -158,8 +159,10 @@ class LinkServer:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no message waits to be received."""
-        return self._is_closed or (self._drain_handle is None and not self._is_readable())
+        """Whether no message waits to be received; one that does is received in the loop's next turn."""
+        if not self._is_closed and self._drain_handle is None and self._is_readable():
+            self._drain_soon()  # looking swallowed the change that would have woken the loop
+        return self._drain_handle is None
 
     def receive_now(self) -> None:
         """Receives what has arrived, without waiting for the loop."""
@@ -170,19 +173,24 @@ class LinkServer:
         """Stops listening and removes the socket's folder; further calls do nothing.
 
         Args:
-            release: False leaves the context open, for a thread that still has a socket of it; ``release`` is due later.
+            release: False leaves the context to a thread that still has a socket of it; ``release`` is due later.
         """
         if not self._is_closed:
             self._is_closed = True
             self._loop.remove_reader(self._descriptor)
             if self._drain_handle is not None:
                 self._drain_handle.cancel()
+                self._drain_handle = None
         if release:
             self.release()
 
     def release(self) -> None:
         """Closes the socket and ends the context; waits until no other socket of the context is open."""
         self._is_closed = True
+        if self._socket.closed:
+            return
+        # First of all: as long as this end listens, no other run takes the path.
+        _unlink(self.endpoint)
         self._socket.close()
         self.context.term()
         if self._folder is not None:
@@ -226,7 +234,14 @@ def check_endpoint(endpoint: str) -> None:
     if endpoint != "auto":
         with zmq.Context() as context, context.socket(zmq.ROUTER) as end:
             _configure(end)
-            _bind_given(end, endpoint)
+            _unlink(_bind_given(end, endpoint))
+
+
+def _unlink(endpoint: str) -> None:
+    """Removes an ipc endpoint's path, which ZeroMQ leaves behind."""
+    path = endpoint.removeprefix("ipc://")
+    if path != endpoint and not path.startswith("@"):
+        Path(path).unlink(missing_ok=True)
 
 
 def _bind_given(end: zmq.Socket[bytes], endpoint: str) -> str:

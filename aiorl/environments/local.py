@@ -14,11 +14,20 @@ import threading
 import traceback
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from aiorl.environments.make import EnvironmentGroup, Tick, close_environment, make_environment, resolve, seed_of
+from aiorl.environments.make import (
+    EnvironmentGroup,
+    Tick,
+    close_anyhow,
+    close_environment,
+    make_environment,
+    resolve,
+    seed_of,
+)
 from aiorl.environments.spaces import describe, first_action
 from aiorl.errors import EnvironmentRaised
 
@@ -261,19 +270,14 @@ def _is_awaitable(spec: EnvironmentSpec, worker: int) -> bool:
         return False
     with _reported(worker, "constructor"):
         environment = make_environment(spec, resolve(spec))
-    close_environment(environment)
+    close_anyhow(partial(close_environment, environment), spec.id)
     return inspect.iscoroutinefunction(environment.step)
 
 
 def _close_in_thread(groups: Sequence[LocalGroup | AwaitableGroup]) -> None:
     for group in groups:
-        try:
-            if isinstance(group, AwaitableGroup):
-                close_environment(group.environment)
-            else:
-                group.close()
-        except Exception:
-            logger.warning("%s raised in close", group.name, exc_info=True)
+        close = partial(close_environment, group.environment) if isinstance(group, AwaitableGroup) else group.close
+        close_anyhow(close, group.name)
 
 
 async def _in_thread(function: Callable[[], T], undo: Callable[[T], None], patience_s: float) -> T:

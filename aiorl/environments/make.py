@@ -12,14 +12,15 @@ NEXT_STEP           ``next_step``: the final observation in ``observations``; th
                     no flags) and brings the next episode's first observation
 ==================  ================================================================================================
 
-In each, ``final_observations`` holds the true last observation of every episode that ended. Dimensions: K environments of
-a group, E of them whose episode ended.
+In each, ``final_observations`` holds the true last observation of every episode that ended. Dimensions: K environments
+of a group, E of them whose episode ended.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from aiorl.environments.spaces import EnvironmentInfo, EnvironmentSpec
 
     Array: TypeAlias = NDArray[Any]
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -204,6 +208,14 @@ def close_environment(environment: Any) -> None:
     asyncio.run(environment.close())
 
 
+def close_anyhow(close: Callable[[], None], name: str) -> None:
+    """Calls what closes an environment or a group; what that raises is logged, and stops nobody."""
+    try:
+        close()
+    except Exception:
+        logger.warning("%s raised in close", name, exc_info=True)
+
+
 class EnvironmentGroup:
     """K environments, made from one specification and stepped one after the other, or by their own vectorised version.
 
@@ -248,8 +260,8 @@ class EnvironmentGroup:
         """Starts an episode in every environment.
 
         Args:
-            seeds: One per environment; a natively vectorised back end takes the first for all of them. None goes on with
-                the generators as they are, so that a second reset does not repeat the first.
+            seeds: One per environment; a natively vectorised back end takes the first for all of them. None goes on
+                with the generators as they are, so that a second reset does not repeat the first.
 
         Returns:
             First observations ``[K, *shape]``.

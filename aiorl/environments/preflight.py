@@ -6,16 +6,16 @@ It is neither reset nor stepped: an environment that raises there is a worker's 
 from __future__ import annotations
 
 import importlib
-import logging
 import traceback
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import gymnasium
 from gymnasium.vector import VectorEnv
 
-from aiorl.environments.make import close_environment, load, make_environment, resolve
+from aiorl.environments.make import close_anyhow, close_environment, load, make_environment, resolve
 from aiorl.environments.spaces import describe
 from aiorl.errors import ConfigError, Fault, UnsupportedSpace
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from aiorl.environments.spaces import EnvironmentInfo, EnvironmentSpec
-
-logger = logging.getLogger(__name__)
 
 _TABLE: Final = "task.environment"
 
@@ -57,10 +55,7 @@ def preflight(spec: EnvironmentSpec) -> EnvironmentInfo:
         with _translated("id", spec.id, "cannot be described"):
             return describe(environment)
     finally:
-        try:
-            close_environment(environment)
-        except Exception:
-            logger.warning("%s raised in close", spec.id, exc_info=True)
+        close_anyhow(partial(close_environment, environment), spec.id)
 
 
 def _fault(field: str, value: str, message: str, remedy: str = "") -> Fault:

@@ -94,8 +94,8 @@ def _describe_spaces(observation_space: Space[Any], action_space: Space[Any]) ->
     dtype = np.dtype(observation_space.dtype).name
     if dtype not in ARRAY_DTYPES or not observation_space.shape or 0 in observation_space.shape:
         raise UnsupportedSpace(
-            f"observation space {observation_space} is not supported: a Box needs a dimension, numbers in it, and one of "
-            f"the types {', '.join(ARRAY_DTYPES)}"
+            f"observation space {observation_space} is not supported: a Box needs a dimension, numbers in it, and one "
+            f"of the types {', '.join(ARRAY_DTYPES)}"
         )
     if not isinstance(action_space, spaces.Discrete):
         raise UnsupportedSpace(f"action space {action_space} is not supported: only Discrete is, so far")

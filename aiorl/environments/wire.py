@@ -12,8 +12,9 @@ message             from      meaning
 ``Stop``            trainer   close the environments and end
 ==================  ========  =====================================================================================
 
-A message is a header (a msgpack array: kind, then the fields in their order) and, for each array above ``INLINE_BYTES``,
-a frame of its raw little-endian bytes. Smaller arrays ride in the header, since each frame costs either end 1.5 µs.
+A message is a header (a msgpack array: kind, then the fields in their order) and, for each array above
+``INLINE_BYTES``, a frame of its raw little-endian bytes. Smaller arrays ride in the header, since each frame costs
+either end 1.5 µs.
 Dimensions: K environments of a group, E of them whose episode ended.
 """
 
@@ -56,7 +57,7 @@ class Hello:
     """A worker's first message.
 
     Attributes:
-        incarnation: Counts the processes that have been this worker; on every message, so that none outlives its process.
+        incarnation: Counts the processes that have been this worker; on every message, so that none outlives its own.
         protocol: The worker's ``PROTOCOL_VERSION``.
         worker: Its number.
         token: The secret that the trainer gave to this incarnation of this worker alone.
@@ -257,7 +258,7 @@ def observed(incarnation: int, group: int, sequence: int, tick: Tick) -> Observe
 
 
 def tick_of(message: Observed) -> Tick:
-    """The tick that a message carries. Observations are a writable copy, since torch warns of others; the rest is read-only."""
+    """The tick that a message carries: observations as a writable copy, since torch warns of others, the rest as views."""
     num_envs = len(message.outcomes)
     outcomes = np.frombuffer(message.outcomes, np.uint8)
     return Tick(

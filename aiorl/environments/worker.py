@@ -5,11 +5,11 @@ waits for      the trainer's next message, and for nothing else
 unblocked by   the trainer; by the end of the trainer, which ends the process
 ends when      ``Stop`` arrives
 
-``serve`` runs in a process of its own (``python -m aiorl.environments.worker``) or in a thread of the trainer's. A process
-ends with its trainer, however that ends: the kernel kills it (PDEATHSIG), and where there is no such kernel, or while
-the process still starts, the *lifeline* does, a pipe whose other end closes with the trainer. Signals that a terminal
-or a service manager sends to all processes at once are left to the trainer, which asks its workers to stop after it has
-drained.
+``serve`` runs in a process of its own (``python -m aiorl.environments.worker``) or in a thread of the trainer's. A
+process ends with its trainer, however that ends: the kernel kills it (PDEATHSIG), and where there is no such kernel, or
+while the process still starts, the *lifeline* does, a pipe whose other end closes with the trainer. Signals that a
+terminal or a service manager sends to all processes at once are left to the trainer, which asks its workers to stop
+after it has drained.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def serve(
 ) -> None:
     """Serves one worker's groups until the trainer says stop.
 
-    Whatever an environment raises is sent to the trainer as ``Failed``; the worker then only waits for ``Stop``, so that
-    the message is not lost to the end of the process.
+    Whatever an environment raises is sent to the trainer as ``Failed``; the worker then only waits for ``Stop``, so
+    that the message is not lost to the end of the process.
     """
     groups = _Groups(incarnation)
     with WorkerLink(context, endpoint, identity) as link:
@@ -201,7 +201,7 @@ def _hold(lifeline: BinaryIO) -> None:
 
 
 def read_boot(lifeline: BinaryIO) -> dict[str, Any]:
-    """What the trainer wrote on the lifeline first: identity, token and import path, which argv would show to everybody."""
+    """What the trainer wrote on the lifeline first: identity, token and import path, which argv would show to all."""
     size = int.from_bytes(lifeline.read(4), "big")
     boot = lifeline.read(size)
     if not size or len(boot) != size:

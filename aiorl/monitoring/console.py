@@ -4,11 +4,11 @@ A statement runs in a task of its own. While it awaits, everything else on the l
 nothing does: a blocking statement (``time.sleep``, a long loop) stops training until it is done. What it raises is
 printed and harms nobody.
 
-| at the keyboard | at the prompt              | while a statement runs                                  |
-|-----------------|----------------------------|---------------------------------------------------------|
-| Ctrl-C          | clears the line            | cancels its await; a blocking statement is not stopped  |
-| Ctrl-D          | leaves the console         | is kept for the prompt, as is everything that is typed  |
-| Ctrl-backslash  | nothing                    | ends the process: the way out of a blocking statement   |
+| key            | at the prompt      | while a statement runs                                                   |
+|----------------|--------------------|--------------------------------------------------------------------------|
+| Ctrl-C         | clears the line    | cancels its await, and what was typed meanwhile; no blocking statement   |
+| Ctrl-D         | leaves the console | is kept for the prompt, as is whatever is typed                          |
+| Ctrl-backslash | nothing            | ends the process: the way out of a blocking statement                    |
 
 A typed Ctrl-C is never a signal, so that it cannot end the run. Where standard input is no terminal, statements are
 read from it as from a file, to its end; then SIGINT means what it means to the process.

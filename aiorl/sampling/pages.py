@@ -50,10 +50,22 @@ class Page:
         versions: ``int64 [C, K]``, the policy version that chose the action.
         keep: ``int64 [C, K]``, the group's tick that made the row worth keeping; only where episodes have a minimum length.
         finals: Per tick at which episodes ended: (row of the page, environments ``int64 [E]``, final observations ``[E, *shape]``).
+        num_wanted: Rows that are neither handed out nor dropped; counted only where there is `keep`.
         holds: How many owners still need it: its track, and segments that are not gathered yet.
     """
 
-    __slots__ = ("actions", "finals", "flags", "holds", "keep", "log_probs", "observations", "rewards", "versions")
+    __slots__ = (
+        "actions",
+        "finals",
+        "flags",
+        "holds",
+        "keep",
+        "log_probs",
+        "num_wanted",
+        "observations",
+        "rewards",
+        "versions",
+    )
 
     def __init__(self, num_ticks: int, num_envs: int, observation: ArraySpec, *, with_keep: bool) -> None:
         shape = (num_ticks, num_envs)
@@ -65,6 +77,7 @@ class Page:
         self.versions = np.empty(shape, np.int64)
         self.keep = np.full(shape, _YOUNG, np.int64) if with_keep else None
         self.finals: list[tuple[int, NDArray[np.int64], NDArray[Any]]] = []
+        self.num_wanted = num_ticks * num_envs
         self.holds = 0
 
 
@@ -93,19 +106,34 @@ class PagePool:
         num_epoch_samples: int,
         min_trajectory_length: int,
         max_policy_lag: int,
+        next_step: bool = False,
         page_ticks: int = PAGE_TICKS,
     ) -> int:
-        """Pages that can be in use at once.
+        """Pages that can be in use at once, in the worst case; they are made only when they are needed.
 
-        The rows of every epoch that may be sampled and not yet learned, overshoot included, in pages of the smallest group; and for
-        each group the page that it writes, one that is partly learned, and those that a young episode may span.
+        Without a minimum length, the rows of every epoch that may be sampled and not yet learned lie in unbroken sequences of ticks,
+        one for each group, of which autoreset's empty steps are half at most; its first and last page are counted apart. With one,
+        any share of the rows around those that are kept may be dropped. What is kept are runs, of an episode in an epoch: of L rows
+        in at most ``2 + (L - 1) / C`` pages. A run is as long as the minimum unless a seal cut it, which each environment suffers
+        twice in an epoch at most. And each group has the pages of its young episodes and the one that it writes.
+
+        Args:
+            group_sizes: K of each group.
+            num_epoch_samples: Rows of an epoch.
+            min_trajectory_length: Of the episodes that are kept.
+            max_policy_lag: Epochs that may be sampled ahead of the one that is learned.
+            next_step: Whether the step after an episode's end is an empty one.
+            page_ticks: C.
         """
-        smallest, largest = min(group_sizes), max(group_sizes)
-        overshoot = largest * min_trajectory_length
-        rows = (max_policy_lag + 1) * (num_epoch_samples + overshoot)
-        return math.ceil(rows / (page_ticks * smallest)) + len(group_sizes) * (
-            max_policy_lag + 2 + math.ceil(2 * min_trajectory_length / page_ticks)
-        )
+        num_groups, num_envs, minimum = len(group_sizes), sum(group_sizes), min_trajectory_length
+        num_epochs = max_policy_lag + 1
+        rows = num_epochs * (num_epoch_samples + max(group_sizes) * minimum)
+        if minimum == 1:
+            ticks = rows * (2 if next_step else 1) / min(group_sizes)
+            return math.ceil(ticks / page_ticks) + num_groups * (2 + math.ceil(3 / page_ticks))
+        rows += (num_epochs + 1) * num_envs * minimum  # young rows that were carried over, and late ones
+        runs = rows * (2 + (minimum - 1) / page_ticks) / minimum + 4 * num_envs * (num_epochs + 1)
+        return math.ceil(min(rows, runs)) + num_groups * (2 + math.ceil((minimum + 1) / page_ticks))
 
     def acquire(self, num_envs: int) -> Page:
         """A clean page for a group of `num_envs`, held once."""
@@ -127,6 +155,7 @@ class PagePool:
         page.finals.clear()
         if page.keep is not None:
             page.keep.fill(_YOUNG)
+            page.num_wanted = page.keep.size
         self._free[page.flags.shape[1]].append(page)
 
 
@@ -207,11 +236,11 @@ class GroupTrack:
         self._minimum = min_trajectory_length
         self._maximum = max_trajectory_length
         self._next_step = next_step
-        self._pages: deque[Page] = deque()
-        self._first_tick = 0  # of the first page
+        self._pages: dict[int, Page] = {}  # by tick // C, in order
         self._num_ticks = 0  # written
         self._boundary = 0  # ticks that are sealed
         self._num_landed = 0
+        self._transitions: deque[int] = deque()  # of each landed tick that is not sealed
         self._next_cut = max_trajectory_length  # no trajectory can be full before this many ticks have landed
         self._observations: NDArray[Any] | None = None  # the latest ones
         self._lengths = np.zeros(num_envs, np.int64)  # of the open episodes
@@ -228,8 +257,9 @@ class GroupTrack:
 
     def reserve(self) -> None:
         """Makes sure that the next tick has its place."""
-        if self._num_ticks - self._first_tick == len(self._pages) * self._pool.page_ticks:
-            self._pages.append(self._pool.acquire(self.num_envs))
+        index = self._num_ticks // self._pool.page_ticks
+        if index not in self._pages:
+            self._pages[index] = self._pool.acquire(self.num_envs)
 
     def adds(self) -> int:
         """Rows that the next step will add when it lands."""
@@ -253,6 +283,8 @@ class GroupTrack:
         at = self._num_landed
         page, row = self._place(at)
         self._num_landed = at + 1
+        masked = self.masked
+        self._transitions.append(self.num_envs if masked is None else self.num_envs - int(np.count_nonzero(masked)))
         self._observations = tick.observations
         ended = tick.terminated | tick.truncated
         any_ended = bool(ended.any())
@@ -265,7 +297,6 @@ class GroupTrack:
         if any_ended:
             flags[tick.terminated] |= TERMINATED
             flags[tick.truncated] |= TRUNCATED
-        masked = self.masked
         if masked is not None:
             flags[masked] = 0
             self._lengths[masked] = 0
@@ -285,10 +316,12 @@ class GroupTrack:
                 array[which] = 0
         if self._next_step:
             self.masked = ended if any_ended else None
+        if dropped:
+            self._release()
         return Landing(adds, dropped, returns, lengths)
 
     def _place(self, tick: int) -> tuple[Page, int]:
-        index, row = divmod(tick - self._first_tick, self._pool.page_ticks)
+        index, row = divmod(tick, self._pool.page_ticks)
         return self._pages[index], row
 
     def _cut_full(self, flags: NDArray[np.uint8], ended: NDArray[np.bool_]) -> None:
@@ -301,12 +334,14 @@ class GroupTrack:
     def _judge(self, page: Page, row: int, at: int, ended: NDArray[np.bool_]) -> tuple[int, int]:
         """Which rows the landed tick `at` makes worth keeping, and which it shows to be of too short episodes."""
         if page.keep is None:
-            return self.num_envs - (int(np.count_nonzero(self.masked)) if self.masked is not None else 0), 0
+            return self._transitions[-1], 0
         real = ~self.masked if self.masked is not None else np.ones(self.num_envs, np.bool_)
         self._pending[real] += 1
         old = real & (self._accepted | (self._lengths >= self._minimum))
         too_short = real & ended & ~old
-        page.keep[row, ~real] = _DROPPED
+        if not real.all():
+            page.keep[row, ~real] = _DROPPED
+            page.num_wanted -= self.num_envs - self._transitions[-1]
         adds, dropped = int(self._pending[old].sum()), int(self._pending[too_short].sum())
         for env in np.flatnonzero(old):
             self._mark(int(env), at, at)
@@ -324,6 +359,8 @@ class GroupTrack:
             assert page.keep is not None
             count = min(remaining, row + 1)
             page.keep[row + 1 - count : row + 1, env] = keep
+            if keep == _DROPPED:
+                page.num_wanted -= count
             at -= count
             remaining -= count
 
@@ -332,74 +369,75 @@ class GroupTrack:
         """Hands out the rows of the epoch that ends before tick `boundary`, cutting what is open there."""
         num_carried = self._use_carried(boundary) if self._minimum > 1 else 0
         pieces: list[Piece] = []
-        num_transitions = 0
+        cut: NDArray[np.bool_] | None = None  # environments whose row before the boundary is handed out; None: all
         size = self._pool.page_ticks
-        for index, page in enumerate(self._pages):
-            begin = self._first_tick + index * size
+        for index, page in self._pages.items():
+            begin = index * size
             if begin >= boundary:
                 break
             stop = min(size, boundary - begin)
             fresh = max(0, self._boundary - begin)
-            real = page.flags[fresh:stop] & REAL
-            num_transitions += int(np.count_nonzero(real))
             if page.keep is not None:
                 take = (page.keep[:stop] >= 0) & (page.keep[:stop] < boundary)
                 if take.any():
                     page.keep[:stop][take] = _DROPPED
+                    page.num_wanted -= int(np.count_nonzero(take))
                     pieces.append(Piece(page, 0, stop, take))
                     page.holds += 1
+                if begin + stop == boundary:
+                    cut = take[-1]
             elif fresh < stop:
+                real = page.flags[fresh:stop] & REAL
                 pieces.append(Piece(page, fresh, stop, None if real.all() else real.astype(np.bool_)))
                 page.holds += 1
         following = self._following(boundary)
         num_ticks = boundary - self._boundary
-        np.minimum(
-            self._since_cut,
-            np.where(self._pending > 0, self._since_cut, self._num_landed - boundary),
-            out=self._since_cut,
-        )
+        num_transitions = sum(self._transitions.popleft() for _ in range(num_ticks))
+        if self._minimum == 1 or cut is not None:
+            after = np.minimum(self._since_cut, self._num_landed - boundary)
+            self._since_cut = after if cut is None else np.where(cut, after, self._since_cut)
         self._next_cut = self._num_landed + self._maximum - int(self._since_cut.max())
         self._boundary = boundary
-        self._release(boundary)
+        self._release()
         return Segment(self.first_env, pieces, following, num_ticks, num_transitions, num_carried)
 
     def _following(self, boundary: int) -> NDArray[Any]:
-        """What was observed after tick `boundary` - 1."""
-        if boundary < self._num_ticks:
+        """What was observed after tick `boundary` - 1, wherever a row that is handed out is followed by it."""
+        if boundary < self._num_ticks and boundary // self._pool.page_ticks in self._pages:
             page, row = self._place(boundary)
             return np.array(page.observations[row])
         assert self._observations is not None, "a group that never began has no rows to seal"
         return np.array(self._observations)
 
     def _use_carried(self, boundary: int) -> int:
-        """Young rows that were carried over one seal are used now; the others are carried. Returns the rows used."""
+        """Young rows that were carried over one seal are used now; the others are carried. Returns the rows used.
+
+        Of an episode that is used now, rows that landed after the boundary wait for its next step, as those of old enough episodes.
+        """
         used = 0
-        for env in np.flatnonzero((self._pending > 0) & (self._num_landed - self._pending < boundary)):
+        num_later = self._num_landed - boundary
+        for env in np.flatnonzero(self._pending > num_later):
             if not self._carried[env]:
                 self._carried[env] = True
                 continue
-            used += int(self._pending[env]) - (self._num_landed - boundary)
-            self._mark(int(env), self._num_landed - 1, boundary - 1)
-            for at in range(boundary, self._num_landed):
-                page, row = self._place(at)
-                assert page.keep is not None
-                page.keep[row, env] = at
-            self._pending[env] = 0
+            self._pending[env] -= num_later
+            used += int(self._pending[env])
+            self._mark(int(env), boundary - 1, boundary - 1)
+            self._pending[env] = num_later
             self._accepted[env] = True
         return used
 
-    def _release(self, boundary: int) -> None:
-        """Gives up the pages of which every row is handed out or dropped."""
+    def _release(self) -> None:
+        """Gives up the pages that are full, and of which every row is handed out or dropped."""
         size = self._pool.page_ticks
-        while self._pages and self._first_tick + size <= min(boundary, self._num_landed):
-            page = self._pages[0]
-            if page.keep is not None and (page.keep != _DROPPED).any():
+        for index, page in list(self._pages.items()):
+            end = (index + 1) * size
+            if end > self._num_landed:
                 return
-            self._pages.popleft()
-            self._first_tick += size
-            self._pool.release(page)
+            if not page.num_wanted if page.keep is not None else end <= self._boundary:
+                self._pool.release(self._pages.pop(index))
 
     def close(self) -> None:
         """Gives every page up."""
         while self._pages:
-            self._pool.release(self._pages.popleft())
+            self._pool.release(self._pages.popitem()[1])

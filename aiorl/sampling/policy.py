@@ -58,7 +58,8 @@ def _elu(x: NDArray[Any]) -> NDArray[Any]:
 @_activation("gelu")
 def _gelu(x: NDArray[Any]) -> NDArray[Any]:
     inner = np.sqrt(2.0 / np.pi).astype(x.dtype) * (x + 0.044715 * x * x * x)
-    return np.multiply(0.5 * x, 1.0 + np.tanh(inner))
+    gated: NDArray[Any] = 0.5 * x * (1.0 + np.tanh(inner))
+    return gated
 
 
 @_activation("silu")

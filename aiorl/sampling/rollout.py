@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NewType
 
 import numpy as np
 
-from aiorl.errors import GroupLost
+from aiorl.errors import ChannelClosed, GroupLost
 from aiorl.sampling.epoch import EpochLedger, Granted, Opened, Sealed
 from aiorl.sampling.noise import ActionNoise
 from aiorl.sampling.pages import GroupTrack, PagePool
@@ -39,10 +40,16 @@ if TYPE_CHECKING:
     from aiorl.sampling.channel import Channel
     from aiorl.sampling.config import SamplingConfig
     from aiorl.sampling.policy import Policy
+    from aiorl.sampling.producer import Producer
 
 logger = logging.getLogger(__name__)
 
 GroupKey = NewType("GroupKey", int)
+
+_TIMER_GRAIN_S = (
+    0.001  # uvloop's timers and its loop's clock count whole milliseconds; ticks are measured by another clock
+)
+_TURNS_TO_READ = 3  # of the loop, after it stood still: to read what has arrived, and to land it
 
 
 @dataclass(slots=True)
@@ -53,6 +60,7 @@ class _Member:
     group: Group
     track: GroupTrack
     noise: ActionNoise
+    producer: Producer | None = None
     gate: asyncio.Future[None] | None = None
     lost: bool = False
 
@@ -102,6 +110,7 @@ class Rollout:
             num_epoch_samples=config.num_epoch_samples,
             min_trajectory_length=config.min_trajectory_length,
             max_policy_lag=config.max_policy_lag,
+            next_step=info.autoreset == "next_step",
         )
         self.pool = PagePool(capacity, info.observation, with_keep=young)
         self.ledger = EpochLedger(
@@ -117,8 +126,8 @@ class Rollout:
         self._finishing = False
         self._window = _Window()
         self._opened_at: dict[int, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._idle: asyncio.Future[None] | None = None
+        self._timer: asyncio.Handle | None = None
+        self._quiet = asyncio.Event()  # set where nothing is outstanding, or no pause waits for that any more
         self._failure: asyncio.Future[None] | None = None
         self._members: dict[GroupKey, _Member] = {}
         limit = config.trajectory_limit(sum(sizes))
@@ -145,7 +154,8 @@ class Rollout:
         """Drives every group until cancelled.
 
         Raises:
-            EpisodesTooShort: No episode reaches the minimum length.
+            ExceptionGroup: Of what groups, inference or the ledger raised: `EpisodesTooShort` where no episode reaches the minimum
+                length, `EnvironmentRaised`, ...
         """
         loop = asyncio.get_running_loop()
         self._failure = loop.create_future()
@@ -176,6 +186,7 @@ class Rollout:
         ledger, group, track, key = self.ledger, member.group, member.track, member.key
         try:
             with self._batcher.producer() as producer:
+                member.producer = producer
                 producer.expect()
                 observations = await group.reset()
                 track.begin(observations)
@@ -193,13 +204,13 @@ class Rollout:
                     answer: Any = await producer.submit((observations, noise))
                     actions, log_probs, versions = answer
                     track.write(actions, log_probs, versions)
-                    ledger.dispatch(key, loop.time())
+                    ledger.dispatch(key, time.perf_counter())
                     tick = await group.step(actions)
                     landing = track.land(tick)
                     if landing.returns:
                         self._window.returns += landing.returns
                         self._window.lengths += landing.lengths
-                    ledger.land(key, landing.adds, landing.dropped, loop.time())
+                    ledger.land(key, landing.adds, landing.dropped, time.perf_counter())
                     if self._epoch_is_over is not None and self._epoch_is_over(ledger.unsealed_rows):
                         ledger.complete()
                     self._carry_out()
@@ -223,49 +234,63 @@ class Rollout:
                 match decision:
                     case Opened(epoch):
                         self._policy.activate()
-                        self._opened_at[epoch] = asyncio.get_running_loop().time()
+                        self._opened_at[epoch] = time.perf_counter()
                     case Granted(group, _):
-                        gate = self._members[GroupKey(group)].gate
-                        if gate is not None and not gate.done():
-                            gate.set_result(None)
+                        self._pass_gate(self._members[GroupKey(group)])
                     case Sealed():
                         self._hand_over(decision)
         if self._finishing and not ledger.sampling:
             self._channel.close()
-        if self._idle is not None and not ledger.num_outstanding and not self._idle.done():
-            self._idle.set_result(None)
+        if not ledger.num_outstanding:
+            self._quiet.set()
         if self._timer is None and (deadline := ledger.deadline()) is not None:
-            self._timer = asyncio.get_running_loop().call_at(deadline, self._expire)
+            delay_s = max(deadline - time.perf_counter(), _TIMER_GRAIN_S)
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._expire, _TURNS_TO_READ)
 
-    def _expire(self) -> None:
-        """The lateness timer: marks what is late and arms itself anew."""
+    def _pass_gate(self, member: _Member) -> None:
+        """Lets a driver go on that waited for its grant; from now on batches wait for its rows."""
+        assert member.gate is not None
+        assert member.producer is not None
+        if not member.gate.done():
+            member.gate.set_result(None)
+            member.producer.expect()
+
+    def _expire(self, turns: int) -> None:
+        """The lateness timer: marks what is late and arms itself anew.
+
+        It lets the loop turn first: where that stood still, no step is late whose answer has arrived meanwhile.
+        """
+        if turns:
+            self._timer = asyncio.get_running_loop().call_soon(self._expire, turns - 1)
+            return
         self._timer = None
         try:
-            self.ledger.expire(asyncio.get_running_loop().time())
+            self.ledger.expire(time.perf_counter())
             self._carry_out()
         except Exception as error:  # noqa: BLE001 - handed to whoever awaits `run`
             if self._failure is not None and not self._failure.done():
                 self._failure.set_exception(error)
 
     def _hand_over(self, sealed: Sealed) -> None:
-        """Cuts every group's trajectories at the seal and gives the epoch to the learner."""
-        loop = asyncio.get_running_loop()
+        """Cuts every group's trajectories at the seal and gives the epoch to the learner, or up where nobody learns any more."""
         window, self._window = self._window, _Window()
         segments = [
             self._members[GroupKey(key)].track.seal(boundary) for key, boundary in sealed.boundaries.items() if boundary
         ]
-        self._channel.put_nowait(
-            SealedEpoch(
-                sealed.epoch,
-                segments,
-                window.returns,
-                window.lengths,
-                sealed.num_dropped,
-                sealed.num_late,
-                sum(segment.num_ticks for segment in segments),
-                loop.time() - self._opened_at.pop(sealed.epoch),
-            )
+        epoch = SealedEpoch(
+            sealed.epoch,
+            segments,
+            window.returns,
+            window.lengths,
+            sealed.num_dropped,
+            sealed.num_late,
+            sum(segment.num_ticks for segment in segments),
+            time.perf_counter() - self._opened_at.pop(sealed.epoch),
         )
+        try:
+            self._channel.put_nowait(epoch)
+        except ChannelClosed:
+            epoch.release(self.pool)
 
     # ------------------------------------------------------------------ for the trainer
     def learned(self, epoch: int) -> None:
@@ -274,18 +299,16 @@ class Rollout:
         self._carry_out()
 
     async def pause(self) -> None:
-        """Holds grants back and returns when nothing is outstanding. Cancelling leaves it paused."""
+        """Holds grants back and returns when nothing but late steps is outstanding, or when resumed before. Cancelling leaves it paused."""
         self.ledger.pause()
-        if self.ledger.num_outstanding:
-            self._idle = asyncio.get_running_loop().create_future()
-            try:
-                await self._idle
-            finally:
-                self._idle = None
+        while self.ledger.paused and self.ledger.num_outstanding:
+            self._quiet.clear()
+            await self._quiet.wait()
 
     def resume(self) -> None:
         """Grants again."""
         self.ledger.resume()
+        self._quiet.set()
         self._carry_out()
 
     def finish(self) -> None:

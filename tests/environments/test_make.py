@@ -152,7 +152,8 @@ def test_large_observations_keep_shape_and_type() -> None:
     group = EnvironmentGroup(EnvironmentSpec("walks:Pixels"), 3)
     group.reset([1, 2, 3])
     tick = group.step(np.array([0, 0, 0]))
-    assert (tick.observations.shape, tick.observations.dtype) == ((3, 84, 84, 1), np.uint8)
+    assert tick.observations.shape == (3, 84, 84, 1)
+    assert tick.observations.dtype == np.uint8
     group.close()
 
 

@@ -62,12 +62,10 @@ class Bench:
         self.give(observed(incarnation, 0, sequence, Tick(observations, rewards, flags, flags, observations[:0])))
 
 
-async def asked(bench: Bench, tasks: asyncio.TaskGroup, call: Any) -> asyncio.Task[Any]:
-    """A task that has sent its message."""
-    count = len(bench.sent)
+async def asked(tasks: asyncio.TaskGroup, call: Any) -> asyncio.Task[Any]:
+    """A task that has had its first turn, and so has sent its message."""
     task: asyncio.Task[Any] = tasks.create_task(call)
-    while len(bench.sent) == count and not task.done():
-        await asyncio.sleep(0)
+    await asyncio.sleep(0)
     return task
 
 
@@ -108,11 +106,11 @@ async def test_messages_out_of_turn_break_the_protocol(message: Message) -> None
 async def test_steps_carry_incarnation_and_sequence() -> None:
     bench = Bench()
     async with asyncio.TaskGroup() as tasks:
-        reset = await asked(bench, tasks, bench.group.reset())
+        reset = await asked(tasks, bench.group.reset())
         assert bench.sent[-1] == Reset(4, 0, 1)
         bench.answer(1, 5.0)
         assert (await reset == 5.0).all()
-        step = await asked(bench, tasks, bench.group.step(ACTIONS))
+        step = await asked(tasks, bench.group.step(ACTIONS))
         sent = bench.sent[-1]
         assert isinstance(sent, Step)
         assert (sent.incarnation, sent.group, sent.sequence, sent.actions.tolist()) == (4, 0, 2, [0, 1, 0])
@@ -123,7 +121,7 @@ async def test_steps_carry_incarnation_and_sequence() -> None:
 async def test_an_earlier_incarnation_is_not_listened_to() -> None:
     bench = Bench()
     async with asyncio.TaskGroup() as tasks:
-        reset = await asked(bench, tasks, bench.group.reset())
+        reset = await asked(tasks, bench.group.reset())
         bench.answer(1, 1.0, incarnation=3)
         assert bench.worker.num_dropped == 1
         bench.answer(1, 2.0)
@@ -133,15 +131,15 @@ async def test_an_earlier_incarnation_is_not_listened_to() -> None:
 async def test_a_reset_is_not_answered_by_the_step_that_was_in_flight() -> None:
     bench = Bench()
     async with asyncio.TaskGroup() as tasks:
-        reset = await asked(bench, tasks, bench.group.reset())
+        reset = await asked(tasks, bench.group.reset())
         bench.answer(1)
         await reset
-        step = await asked(bench, tasks, bench.group.step(ACTIONS))
+        step = await asked(tasks, bench.group.step(ACTIONS))
         step.cancel()
         await asyncio.wait([step])
         with pytest.raises(RuntimeError, match="reset it first"):
             await bench.group.step(ACTIONS)
-        reset = await asked(bench, tasks, bench.group.reset())
+        reset = await asked(tasks, bench.group.reset())
         bench.answer(2, 13.0)  # the step's
         assert not reset.done()
         assert bench.worker.num_dropped == 1
@@ -152,7 +150,7 @@ async def test_a_reset_is_not_answered_by_the_step_that_was_in_flight() -> None:
 async def test_an_answer_that_nobody_waits_for_is_dropped() -> None:
     bench = Bench()
     async with asyncio.TaskGroup() as tasks:
-        reset = await asked(bench, tasks, bench.group.reset())
+        reset = await asked(tasks, bench.group.reset())
         reset.cancel()
         await asyncio.wait([reset])
         bench.answer(1)
@@ -173,7 +171,7 @@ async def test_an_answer_that_nobody_waits_for_is_dropped() -> None:
 async def test_answers_that_cannot_be_break_the_protocol(answer: dict[str, Any], match: str) -> None:
     bench = Bench()
     async with asyncio.TaskGroup() as tasks:
-        reset = await asked(bench, tasks, bench.group.reset())
+        reset = await asked(tasks, bench.group.reset())
         with pytest.raises(MalformedMessage, match=match):
             bench.answer(**answer)
         reset.cancel()
@@ -182,7 +180,7 @@ async def test_answers_that_cannot_be_break_the_protocol(answer: dict[str, Any],
 async def test_a_peer_with_two_unanswered_steps_breaks_the_protocol() -> None:
     bench = Bench()
     async with asyncio.TaskGroup() as tasks:
-        reset = await asked(bench, tasks, bench.group.reset())
+        reset = await asked(tasks, bench.group.reset())
         bench.answer(1)
         with pytest.raises(MalformedMessage, match="does not owe"):
             bench.answer(1)
@@ -194,7 +192,7 @@ async def test_misuse_is_refused() -> None:
     with pytest.raises(RuntimeError, match="reset it first"):
         await bench.group.step(ACTIONS)
     async with asyncio.TaskGroup() as tasks:
-        reset = await asked(bench, tasks, bench.group.reset())
+        reset = await asked(tasks, bench.group.reset())
         with pytest.raises(RuntimeError, match="waited for"):
             await bench.group.reset()
         bench.answer(1)
@@ -207,7 +205,7 @@ async def test_a_lost_worker_loses_its_groups_with_the_cause() -> None:
     bench = Bench()
     died = WorkerDied(worker=1, returncode=-9, how="ended by SIGKILL")
     async with asyncio.TaskGroup() as tasks:
-        task = await asked(bench, tasks, expect_lost(bench, died))
+        task = await asked(tasks, expect_lost(bench, died))
         bench.worker.lose(died)
         bench.worker.lose(LinkClosed("later"))
         await task
@@ -223,7 +221,7 @@ async def expect_lost(bench: Bench, cause: BaseException) -> None:
 async def test_a_loss_that_meets_a_cancellation_is_not_left_over() -> None:
     bench = Bench()
     async with asyncio.TaskGroup() as tasks:
-        reset = await asked(bench, tasks, bench.group.reset())
+        reset = await asked(tasks, bench.group.reset())
         bench.worker.lose(LinkClosed("gone"))
         reset.cancel()
         await asyncio.wait([reset])

@@ -188,13 +188,13 @@ def test_no_bytes_raise_anything_else(frames: list[bytes]) -> None:
 
 
 @given(st.integers(0, 8), st.lists(plain, max_size=7), st.lists(st.binary(max_size=64), max_size=3))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_no_structure_raises_anything_else(kind: int, values: list[Any], frames: list[bytes]) -> None:
     check([msgpack.packb([kind, *values]), *frames])
 
 
 @given(st.sampled_from(MESSAGES), st.data())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_no_damaged_message_raises_anything_else(message: Message, data: st.DataObject) -> None:
     frames = encode(message)
     header: Any = msgpack.unpackb(frames[0])

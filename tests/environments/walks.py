@@ -23,7 +23,7 @@ RELEASED = threading.Event()
 """Ends what ``misbehave = "wait"`` waits for, in this process."""
 
 
-class Walk(gymnasium.Env[Row, int]):
+class Walk(gymnasium.Env[Any, Any]):
     """Observes (seed, episode, step, position); an episode's length is drawn at its reset. Rewards its step's number.
 
     Odd episodes terminate, even ones are truncated; with ``both``, all do both.
@@ -38,12 +38,13 @@ class Walk(gymnasium.Env[Row, int]):
         only_seed: int | None = None,
         both: bool = False,
         start: int = 0,
+        say_closed: bool = False,
     ) -> None:
         self.observation_space = spaces.Box(-np.inf, np.inf, (4,), np.float64)
         self.action_space = spaces.Discrete(2, start=start)
-        self.closed = False
         self._misbehave, self._where, self._at_step, self._both = misbehave, where, at_step, both
         self._start = start
+        self._say_closed = say_closed
         self._seed = self._episode = self._step = self._position = self._length = 0
         self._buffer = np.zeros(4)
         if where == "constructor":
@@ -97,7 +98,8 @@ class Walk(gymnasium.Env[Row, int]):
     def close(self) -> None:
         if self._where == "close":
             self._act_up()
-        self.closed = True
+        if self._say_closed:
+            print("closed", file=sys.stderr)  # noqa: T201
 
 
 class Copied(Walk):
@@ -127,7 +129,7 @@ class Unreset(SyncVectorEnv):
         del self.metadata["autoreset_mode"]
 
 
-class Mirror(gymnasium.Env[Row, int]):
+class Mirror(gymnasium.Env[Any, Any]):
     """Observes its process: torch imported, pydantic imported, warnings as errors, resident bytes."""
 
     def __init__(self) -> None:
@@ -137,9 +139,8 @@ class Mirror(gymnasium.Env[Row, int]):
     def _observe(self) -> Row:
         status = Path("/proc/self/status").read_text()
         resident = int(status.partition("VmRSS:")[2].split()[0]) * 1024
-        return np.array(
-            ["torch" in sys.modules, "pydantic" in sys.modules, resident, "error" in sys.warnoptions], float
-        )
+        flags = ["torch" in sys.modules, "pydantic" in sys.modules, "error" in sys.warnoptions]
+        return np.array([*flags, resident], np.float64)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Row, dict[str, Any]]:
         return self._observe(), {}
@@ -196,7 +197,18 @@ class Nested(Walk):
 
     def __init__(self) -> None:
         super().__init__()
-        self.observation_space = spaces.Dict({"a": spaces.Discrete(2)})  # type: ignore[assignment]
+        self.observation_space = spaces.Dict({"a": spaces.Discrete(2)})
 
 
 NOT_CALLABLE = 3
+
+
+class Differing(Walk):
+    """Is larger where another one was made before."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        try:
+            (Path(folder) / "made").touch(exist_ok=False)
+        except FileExistsError:
+            self.observation_space = spaces.Box(-np.inf, np.inf, (5,), np.float64)

@@ -17,6 +17,8 @@ from aiorl.monitoring.progress import Goals, Outlook, ProgressDisplay, plain_lin
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .conftest import Screen
+
 OFTEN = LoggerConfig(interval_s=1e-9)
 RARELY = LoggerConfig(interval_s=1e9)
 
@@ -30,54 +32,10 @@ def record(epoch: int, **metrics: float) -> EpochRecord:
     )
 
 
-class Terminal:
-    """The screen side of a pseudo-terminal: understands what a live display sends, and nothing else."""
-
-    def __init__(self) -> None:
-        self.master, slave = os.openpty()
-        os.set_blocking(self.master, False)
-        self.file: TextIO = os.fdopen(slave, "w")
-        self.sent = ""
-
-    def screen(self) -> list[str]:
-        """The lines of the screen, after everything that was sent until now."""
-        with contextlib.suppress(BlockingIOError, OSError):
-            while data := os.read(self.master, 65536):
-                self.sent += data.decode()
-        lines, row, column = [""], 0, 0
-        for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", self.sent):
-            if part == "\r":
-                column = 0
-            elif part == "\n":
-                row += 1
-                lines += [""] * (row + 1 - len(lines))
-            elif part.startswith("\x1b["):
-                if part.endswith("A"):
-                    row -= int(part[2:-1] or 1)
-                elif part.endswith("K"):
-                    lines[row] = lines[row][:column] if part == "\x1b[K" else ""
-                else:
-                    assert part[-1] in "mhl", part
-            else:
-                lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part) :]
-                column += len(part)
-        return [line.rstrip() for line in lines]
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.file.close()
-        os.close(self.master)
-
-
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "100")
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    terminal = Terminal()
-    yield terminal
-    terminal.close()
+def terminal(screen: Screen) -> Iterator[TextIO]:
+    with contextlib.suppress(OSError), os.fdopen(os.dup(screen.near), "w") as file:  # where it hung up
+        yield file
 
 
 def test_off_a_terminal_there_are_plain_lines_and_the_last_epoch_is_always_told() -> None:
@@ -100,12 +58,12 @@ def test_every_epoch_where_the_interval_allows_it_and_none_twice() -> None:
     assert [line.split()[0] for line in out.getvalue().splitlines()] == ["epoch=1", "epoch=2", "epoch=3"]
 
 
-def test_switched_off_it_is_silent(terminal: Terminal) -> None:
+def test_switched_off_it_is_silent(screen: Screen, terminal: TextIO) -> None:
     silent = LoggerConfig(terminal=False)
-    for file in (io.StringIO(), terminal.file):
+    for file in (io.StringIO(), terminal):
         with ProgressDisplay(silent, name="cartpole", goals=Goals(), file=file) as display:
             display.update(record(1))
-    assert terminal.screen() == [""]
+    assert screen.lines() == [""]
 
 
 def test_without_an_epoch_nothing_is_told() -> None:
@@ -135,98 +93,102 @@ def test_a_plain_line_with_everything() -> None:
     )
 
 
-def test_the_live_display(terminal: Terminal) -> None:
-    with ProgressDisplay(OFTEN, name="cart[pole]", goals=Goals(max_samples=40960), file=terminal.file) as display:
+def test_the_live_display(screen: Screen, terminal: TextIO) -> None:
+    with ProgressDisplay(OFTEN, name="cart[pole]", goals=Goals(max_samples=40960), file=terminal) as display:
         display.update(record(1, episode__return_mean=20.0))
-        assert terminal.screen()[1].startswith("return 20.0  best -  length -  episodes -  epoch 1")
+        assert screen.lines()[1].startswith("return 20.0  best -  length -  episodes -  epoch 1")
         display.update(record(5, episode__return_mean=99.0))
-    top, good, fast, after = terminal.screen()
+    top, good, fast, after = screen.lines()
     assert re.fullmatch(r"cart\[pole\] [━╸╺ ]{30}  25% eta 0:00:30", top)
     assert good.startswith("return 99.0 ")
     assert fast == "samples 10,240  per second -  batch -  lag -  time 0:00:10"
     assert after == ""
-    assert not terminal.sent.endswith("\x1b[?25l")
-    assert terminal.sent.rfind("\x1b[?25h") > terminal.sent.rfind("\x1b[?25l")
+    assert not screen.sent.endswith("\x1b[?25l")
+    assert screen.sent.rfind("\x1b[?25h") > screen.sent.rfind("\x1b[?25l")
 
 
-def test_a_run_without_an_end_has_no_bar(terminal: Terminal) -> None:
-    with ProgressDisplay(OFTEN, name="endless", goals=Goals(), file=terminal.file) as display:
+def test_a_run_without_an_end_has_no_bar(screen: Screen, terminal: TextIO) -> None:
+    with ProgressDisplay(OFTEN, name="endless", goals=Goals(), file=terminal) as display:
         display.update(record(1))
         display.update(record(2))
-    assert terminal.screen()[0] == "endless"
+    assert screen.lines()[0] == "endless"
 
 
-def test_at_most_four_refreshes_in_a_second(terminal: Terminal) -> None:
-    with ProgressDisplay(OFTEN, name="cartpole", goals=Goals(), file=terminal.file) as display:
+def test_at_most_four_refreshes_in_a_second(screen: Screen, terminal: TextIO) -> None:
+    with ProgressDisplay(OFTEN, name="cartpole", goals=Goals(), file=terminal) as display:
         began = time.monotonic()
         for epoch in range(1, 51):
             display.update(record(epoch))
         if time.monotonic() - began < 0.25:
-            assert terminal.screen()[1].endswith("epoch 1")
-    assert terminal.screen()[1].endswith("epoch 50")
+            assert screen.lines()[1].endswith("epoch 1")
+    assert screen.lines()[1].endswith("epoch 50")
 
 
-def test_log_lines_stay_whole_above_the_live_display(terminal: Terminal) -> None:
+def test_log_lines_stay_whole_above_the_live_display(screen: Screen, terminal: TextIO) -> None:
     logger = logging.getLogger("aiorl")
-    handler = logging.StreamHandler(terminal.file)
+    handler = logging.StreamHandler(terminal)
     logger.addHandler(handler)
     try:
-        with ProgressDisplay(OFTEN, name="cartpole", goals=Goals(), file=terminal.file) as display:
+        with ProgressDisplay(OFTEN, name="cartpole", goals=Goals(), file=terminal) as display:
             for epoch in range(1, 4):
                 display.update(record(epoch))
                 logging.getLogger("aiorl.trainer").warning("line %d", epoch)
-            assert terminal.screen()[:4] == ["line 1", "line 2", "line 3", "cartpole"]
-        assert handler.stream is terminal.file
+            assert screen.lines()[:4] == ["line 1", "line 2", "line 3", "cartpole"]
+        assert handler.stream is terminal
         logger.warning("after")
     finally:
         logger.removeHandler(handler)
-    lines = terminal.screen()
+    lines = screen.lines()
     assert [line.split()[0] for line in lines if line] == [
         "line", "line", "line", "cartpole", "return", "samples", "after"
     ]  # fmt: skip
 
 
-def test_handlers_that_write_elsewhere_are_left_alone(terminal: Terminal) -> None:
+def test_handlers_that_write_elsewhere_are_left_alone(screen: Screen, terminal: TextIO) -> None:
     logger, elsewhere = logging.getLogger("aiorl"), io.StringIO()
     handler = logging.StreamHandler(elsewhere)
     logger.addHandler(handler)
     try:
-        with ProgressDisplay(OFTEN, name="cartpole", goals=Goals(), file=terminal.file):
+        with ProgressDisplay(OFTEN, name="cartpole", goals=Goals(), file=terminal):
             assert handler.stream is elsewhere
     finally:
         logger.removeHandler(handler)
 
 
-def test_a_terminal_without_a_cursor_gets_plain_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_without_a_cursor_gets_plain_lines(
+    screen: Screen, terminal: TextIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TERM", "dumb")
-    with ProgressDisplay(OFTEN, name="cartpole", goals=Goals(), file=terminal.file) as display:
+    with ProgressDisplay(OFTEN, name="cartpole", goals=Goals(), file=terminal) as display:
         display.update(record(1))
-    assert terminal.screen() == ["epoch=1 samples=2048 time_s=2.0", ""]
-    assert "\x1b" not in terminal.sent
+    assert screen.lines() == ["epoch=1 samples=2048 time_s=2.0", ""]
+    assert "\x1b" not in screen.sent
 
 
-def test_a_terminal_that_hangs_up_ends_the_display_and_not_the_run(terminal: Terminal) -> None:
-    with ProgressDisplay(OFTEN, name="cartpole", goals=Goals(), file=terminal.file) as display:
+def test_a_terminal_that_hangs_up_ends_the_display_and_not_the_run(screen: Screen, terminal: TextIO) -> None:
+    with ProgressDisplay(OFTEN, name="cartpole", goals=Goals(), file=terminal) as display:
         display.update(record(1))
-        os.close(terminal.master)
-        terminal.master = os.open(os.devnull, os.O_RDONLY)
+        screen.hang_up()
         display.update(record(2))
 
 
 def test_a_reader_that_is_slow_or_gone_never_holds_the_run_up() -> None:
     reading, writing = os.pipe()
-    with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w") as file:  # it still holds what nobody took
-        with ProgressDisplay(OFTEN, name="cartpole", goals=Goals(), file=file) as display:
-            for epoch in range(1, 3000):  # 130 KB into a pipe of 64
-                display.update(record(epoch))
-            told = os.read(reading, 2**20).decode()
-            assert told.startswith("epoch=1 ")
-            assert told.endswith("\n")
-            display.update(record(3000))
-            assert os.read(reading, 2**20).decode().startswith("epoch=3000 ")
-            os.close(reading)
-            for epoch in range(3001, 3004):
-                display.update(record(epoch))
+    with (
+        contextlib.suppress(BrokenPipeError),  # the file still holds what nobody took
+        os.fdopen(writing, "w") as file,
+        ProgressDisplay(OFTEN, name="cartpole", goals=Goals(), file=file) as display,
+    ):
+        for epoch in range(1, 3000):  # 130 KB into a pipe of 64
+            display.update(record(epoch))
+        told = os.read(reading, 2**20).decode()
+        assert told.startswith("epoch=1 ")
+        assert told.endswith("\n")
+        display.update(record(3000))
+        assert os.read(reading, 2**20).decode().startswith("epoch=3000 ")
+        os.close(reading)
+        for epoch in range(3001, 3004):
+            display.update(record(epoch))
 
 
 def test_the_outlook_by_hand() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import math
@@ -52,6 +53,7 @@ class Held:
         self.doubler = Doubler()
         self.began = asyncio.Event()
         self.gate = asyncio.Event()
+        self.answering = asyncio.Event()
         self.num_cancelled = 0
 
     async def __call__(self, batch: NDArray[Any]) -> NDArray[Any]:
@@ -66,6 +68,7 @@ class Held:
         self.gate.clear()
         if (batch[:, 0] < 0).any():
             raise ZeroDivisionError("negative")
+        self.answering.set()  # whoever waits for it has its turn before those who get the answers
         return answers
 
 
@@ -144,9 +147,9 @@ async def test_the_oldest_row_waits_max_wait_time_and_no_longer() -> None:
                 tasks.create_task(batcher.submit(rows(value)))
         elapsed_s = time.perf_counter() - started
     assert infer.batches == [[0, 1, 2]]
-    assert 0.02 <= elapsed_s < 1
+    assert 0.02 <= elapsed_s < 5
     assert batcher.statistics().flushes["time"] == 1
-    assert 0.02 <= batcher.statistics().wait_s.p50 < 1
+    assert 0.02 <= batcher.statistics().wait_s.max < 5
 
 
 async def test_a_wait_below_the_resolution_of_timers_ends_too() -> None:
@@ -164,7 +167,7 @@ async def test_a_timer_set_for_an_earlier_row_waits_on_for_the_later_one() -> No
         await batcher.submit(rows(2))
         queued_at = time.perf_counter()
         await batcher.submit(rows(3))
-        assert 0.02 <= time.perf_counter() - queued_at < 1
+        assert 0.02 <= time.perf_counter() - queued_at < 5
     assert infer.batches == [[1, 2], [3]]
 
 
@@ -724,8 +727,7 @@ async def test_an_answer_whose_submitter_was_cancelled_on_the_way_is_counted_and
             task = asyncio.Task(producer.submit(rows(1)))
             await infer.began.wait()
             infer.gate.set()
-            while infer.gate.is_set():
-                await asyncio.sleep(0)
+            await infer.answering.wait()
             task.cancel()  # it has its answer, but no turn since
             await asyncio.wait([task])
             assert task.cancelled()
@@ -918,8 +920,7 @@ async def test_it_is_idle_only_when_every_answer_is_back_with_its_submitter() ->
         await infer.began.wait()
         assert not batcher.idle
         infer.gate.set()
-        while infer.gate.is_set():
-            await asyncio.sleep(0)
+        await infer.answering.wait()
         assert not task.done()  # it was answered, but has had no turn since
         assert not batcher.idle
         await task
@@ -940,10 +941,8 @@ async def test_nothing_of_a_request_is_kept_after_its_answer_or_error() -> None:
             for value in (0, 1):
                 ours = rows(value)
                 alive.append(weakref.ref(ours))
-                try:
+                with contextlib.suppress(ZeroDivisionError):
                     await batcher.submit(ours)
-                except ZeroDivisionError:
-                    pass
                 del ours
             assert [ref() for ref in alive] == [None, None]
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,8 @@ from aiorl.errors import BatcherError, MalformedRows
 from aiorl.sampling.batcher import MicroBatcher
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from numpy.typing import NDArray
 
     from aiorl.sampling.batcher import Producer
@@ -82,7 +83,7 @@ class Model:
         full = self.max_batch_size is not None and queued >= self.max_batch_size
         expired = self.max_wait_time is not None and queued >= self.min_batch_size
         nothing_more = not self.outstanding and (bool(self.joined) or not self.has_rule)
-        begun = any(0 < client.num_computed and client.num_queued for client in self.clients)
+        begun = any(client.num_computed and client.num_queued for client in self.clients)
         return full or expired or nothing_more or begun
 
     def began(self, batch: NDArray[np.int64]) -> list[Client]:
@@ -99,7 +100,7 @@ class Model:
             assert 0 < taken <= left, "rows of a request that is not queued"
             if taken < left:
                 assert len(members) == 1, "a split request shares its batch"
-                assert self.max_batch_size == taken < left, "a request was split that would have fitted"
+                assert taken == self.max_batch_size, "a request was split that would have fitted"
             client.num_computed += taken
         order = [self.last, *((client, row) for client, row, _ in batch.tolist())]
         assert order == sorted(set(order)), "rows out of order, or computed twice"
@@ -156,9 +157,12 @@ class BatcherMachine(RuleBasedStateMachine):
         members = self.model.began(batch)
         return self.finish(batch, members)
 
-    async def infer_later(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
+    def infer_later(self, batch: NDArray[np.int64]) -> Coroutine[Any, Any, NDArray[np.int64]]:
         members = self.model.began(batch)
         self.model.computing = True
+        return self.hold(batch, members)
+
+    async def hold(self, batch: NDArray[np.int64], members: list[Client]) -> NDArray[np.int64]:
         while self.held and not self.gate.is_set():
             await self.gate.wait()
         self.gate.clear()
@@ -265,25 +269,37 @@ class BatcherMachine(RuleBasedStateMachine):
 
     @rule(producer=st.integers(0, NUM_PRODUCERS - 1))
     def join(self, producer: int) -> None:
-        self.model.joined.add(producer)
-        self.call(self.producers[producer].__enter__)
+        def joining() -> None:
+            self.model.joined.add(producer)
+            self.producers[producer].__enter__()
+
+        self.call(joining)
 
     @rule(producer=st.integers(0, NUM_PRODUCERS - 1))
     def leave(self, producer: int) -> None:
-        self.model.joined.discard(producer)
-        self.model.outstanding.discard(producer)
-        self.call(lambda: self.producers[producer].__exit__(None, None, None))
+        def leaving() -> None:
+            self.model.joined.discard(producer)
+            self.model.outstanding.discard(producer)
+            self.producers[producer].__exit__(None, None, None)
+
+        self.call(leaving)
 
     @rule(producer=st.integers(0, NUM_PRODUCERS - 1))
     def park(self, producer: int) -> None:
-        self.model.outstanding.discard(producer)
-        self.call(self.producers[producer].park)
+        def parking() -> None:
+            self.model.outstanding.discard(producer)
+            self.producers[producer].park()
+
+        self.call(parking)
 
     @rule(producer=st.integers(0, NUM_PRODUCERS - 1))
     def expect(self, producer: int) -> None:
-        if producer in self.model.joined and not any(client.producer == producer for client in self.pending()):
-            self.model.outstanding.add(producer)
-            self.call(self.producers[producer].expect)
+        def expecting() -> None:
+            if producer in self.model.joined and not any(client.producer == producer for client in self.pending()):
+                self.model.outstanding.add(producer)
+                self.producers[producer].expect()
+
+        self.call(expecting)
 
     @rule()
     def flush(self) -> None:
@@ -293,8 +309,11 @@ class BatcherMachine(RuleBasedStateMachine):
 
     @rule(max_batch_size=st.one_of(st.none(), st.integers(1, 6)))
     def change_maximum(self, max_batch_size: int | None) -> None:
-        self.model.max_batch_size = max_batch_size
-        self.call(lambda: self.batcher.set_max_batch_size(max_batch_size))
+        def changing() -> None:
+            self.model.max_batch_size = max_batch_size
+            self.batcher.set_max_batch_size(max_batch_size)
+
+        self.call(changing)
 
     @rule()
     def settle(self) -> None:
@@ -307,15 +326,16 @@ class BatcherMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "loop"):
             return
-        self.settle()
-        self.held = False
-        self.gate.set()
-        self.done.set()
-        self.loop.run_until_complete(self.host)
-        self.turns(3)
+        try:
+            self.settle()
+        finally:
+            self.held = False
+            self.gate.set()
+            self.done.set()
+            self.loop.run_until_complete(self.host)
+            self.turns(3)
+            self.loop.close()
         assert not self.pending()
-        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
-        self.loop.close()
         self.check()
 
     def check(self) -> None:
@@ -342,12 +362,19 @@ class BatcherMachine(RuleBasedStateMachine):
         assert sum(statistics.flushes.values()) == statistics.batch_rows.count == model.num_batches
 
 
+uvloop.new_event_loop().close()  # libuv opens a pipe with its first loop, and keeps it as long as the process
+
+
 class UvloopBatcherMachine(BatcherMachine):
     loop_factory = uvloop.new_event_loop
 
 
 _settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=80,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 BatcherMachine.TestCase.settings = _settings
 UvloopBatcherMachine.TestCase.settings = _settings

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import pytest
+
+from aiorl.environments.preflight import preflight
+from aiorl.environments.spaces import ArraySpec, EnvironmentSpec
+from aiorl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_one_environment_is_described() -> None:
+    info = preflight(EnvironmentSpec("CartPole-v1"))
+    assert (info.observation, info.num_actions, info.max_episode_steps) == (ArraySpec((4,), "float32"), 2, 500)
+    assert preflight(EnvironmentSpec("CartPole-v1", vectorization_mode="vector_entry_point")).autoreset == "next_step"
+    assert preflight(EnvironmentSpec("walks:AwaitableWalk")).is_awaitable
+
+
+def test_an_environment_is_neither_reset_nor_stepped() -> None:
+    preflight(EnvironmentSpec("walks:Walk", {"misbehave": "raise", "where": "reset"}))
+
+
+def test_what_closing_raises_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        preflight(EnvironmentSpec("walks:Walk", {"misbehave": "raise", "where": "close"}))
+    assert "raised in close" in caplog.text
+
+
+RAISES: dict[str, Any] = {"misbehave": "raise", "where": "constructor"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "field", "message", "remedy"),
+    [
+        (EnvironmentSpec("CartPol-v1"), "id", "unknown to Gymnasium", "register"),
+        (EnvironmentSpec("CartPole-v99"), "id", "unknown to Gymnasium", "register"),
+        (EnvironmentSpec("no_such_module:Walk"), "id", "No module named 'no_such_module'", ""),
+        (EnvironmentSpec("walks:Wolk"), "id", "'Wolk'", "'Walk'"),
+        (EnvironmentSpec("walks:NOT_CALLABLE"), "id", "not callable", ""),
+        (EnvironmentSpec("builtins:dict"), "id", "is no environment", ""),
+        (EnvironmentSpec("walks:Walk", RAISES), "id", "ValueError: the bridge is out", ""),
+        (EnvironmentSpec("walks:Walk", RAISES | {"misbehave": "sys.exit"}), "id", "SystemExit: 9", ""),
+        (EnvironmentSpec("walks:Walk", {"colour": 1}), "kwargs", "'colour'", "constructor"),
+        (EnvironmentSpec("walks:Nested"), "id", "observation space Dict", "wrap"),
+        (EnvironmentSpec("CartPole-v1", register=("json", "no_such")), "register[1]", "No module named 'no_such'", ""),
+        (EnvironmentSpec("CartPole-v1", wrappers=("walks:Doublet",)), "wrappers[0]", "'Doublet'", "'Doubled'"),
+        (EnvironmentSpec("walks:vector", {"num_envs": 1}), "id", "a vector environment", "vector_entry_point"),
+    ],
+    ids=lambda value: value.id if isinstance(value, EnvironmentSpec) else "",
+)
+def test_faults_are_named_by_their_field(spec: EnvironmentSpec, field: str, message: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        preflight(spec)
+    (fault,) = caught.value.faults
+    assert fault.path == f"task.environment.{field}"
+    assert message in fault.message
+    assert remedy in fault.remedy
+
+
+def test_a_vectorised_version_has_to_be_one() -> None:
+    plain: Any = lambda num_envs: gymnasium.make("CartPole-v1").unwrapped  # noqa: E731
+    gymnasium.register("Plain-v0", vector_entry_point=plain)
+    try:
+        with pytest.raises(ConfigError, match=r"task\.environment\.id"):
+            preflight(EnvironmentSpec("Plain-v0", vectorization_mode="vector_entry_point"))
+    finally:
+        del gymnasium.registry["Plain-v0"]
+
+
+def test_an_import_that_raises_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_world.py").write_text("raise RuntimeError('no licence')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be imported: RuntimeError: no licence .*broken_world\.py, line 1"):
+        preflight(EnvironmentSpec("broken_world:Walk"))
