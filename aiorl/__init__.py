@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aiorl.errors import AiorlError, ConfigError
     from aiorl.evaluation import load_policy
     from aiorl.learning.config import ReinforcementLearningTrainerConfig
-    from aiorl.run import EpochReport, Run, open_run, run
+    from aiorl.runs import EpochReport, Run, open_run, run
     from aiorl.sampling.batcher import MicroBatcher
     from aiorl.sampling.config import SamplingConfig
     from aiorl.tasks.base import Callback, ReinforcementLearningTask, State
@@ -55,18 +55,18 @@ _HOMES = {
     "Callback": "aiorl.tasks.base",
     "Config": "aiorl.config",
     "ConfigError": "aiorl.errors",
-    "EpochReport": "aiorl.run",
+    "EpochReport": "aiorl.runs",
     "MicroBatcher": "aiorl.sampling.batcher",
     "ReinforcementLearningTask": "aiorl.tasks.base",
     "ReinforcementLearningTrainer": "aiorl.trainer",
     "ReinforcementLearningTrainerConfig": "aiorl.learning.config",
-    "Run": "aiorl.run",
+    "Run": "aiorl.runs",
     "SamplingConfig": "aiorl.sampling.config",
     "State": "aiorl.tasks.base",
     "load_config": "aiorl.config",
     "load_policy": "aiorl.evaluation",
-    "open_run": "aiorl.run",
-    "run": "aiorl.run",
+    "open_run": "aiorl.runs",
+    "run": "aiorl.runs",
 }
 
 

@@ -25,14 +25,14 @@ from aiorl.environments.local import open_local
 from aiorl.environments.make import close_environment, make_environment, resolve, seed_of
 from aiorl.environments.preflight import preflight
 from aiorl.environments.spaces import first_action
-from aiorl.errors import CheckpointCorrupt, CheckpointMissing, ConfigError, Fault, RunFolderError, first_cause
+from aiorl.errors import CheckpointCorrupt, CheckpointMissing, RunFolderError, first_cause
+from aiorl.learning.acting import build_acting
 from aiorl.learning.checkpoint import CheckpointStore
 from aiorl.models.base import build_model
-from aiorl.models.mlp import MLP
 from aiorl.monitoring.folder import RunFolder, dump_json
-from aiorl.monitoring.video import REMEDY, recording
+from aiorl.monitoring.video import record_episode, unrenderable
 from aiorl.sampling.noise import ActionNoise
-from aiorl.sampling.policy import NumpyActing, TorchActing
+from aiorl.sampling.policy import NumpyActing
 from aiorl.tasks.base import ReinforcementLearningTask, build_task
 
 if TYPE_CHECKING:
@@ -279,11 +279,11 @@ def _load(folder: Path) -> _Learned:
 
 def _acting(model: Model, task: ReinforcementLearningTask) -> Act:
     """Acts as training did: in NumPy where it can, in torch with one thread where the model is small."""
-    own_actions = type(task).get_actions is not ReinforcementLearningTask.get_actions
-    if isinstance(model, MLP) and type(model).policy is MLP.policy and not own_actions:
-        return NumpyActing(model.policy_layers(), model.activation).act
-    acting = TorchActing(model, task.get_actions, torch.device("cpu"))
-    if sum(parameter.numel() for parameter in model.parameters()) >= _SMALL_PARAMETERS:
+    acting = build_acting(model, task, torch.device("cpu"))
+    if (
+        isinstance(acting, NumpyActing)
+        or sum(parameter.numel() for parameter in model.parameters()) >= _SMALL_PARAMETERS
+    ):
         return acting.act
     settings = TorchSettings(num_threads=1)
 
@@ -373,42 +373,24 @@ def _noise(seed: int, first_env: int, num_envs: int) -> ActionNoise:
 
 
 def _record(learned: _Learned, path: Path, *, optimal: bool, seed: int) -> None:
-    """Plays the first environment's first episode once more, and records it."""
-    spec = dataclasses.replace(learned.environment, kwargs={**learned.environment.kwargs, "render_mode": "rgb_array"})
+    """Plays the first environment's first episode, and records it."""
     if learned.info.is_awaitable:
-        raise _unrenderable(path, "is awaitable, and cannot be recorded", "")
+        raise unrenderable(path, "is awaitable, and cannot be recorded")
+    spec = dataclasses.replace(learned.environment, kwargs={**learned.environment.kwargs, "render_mode": "rgb_array"})
+    noise = _noise(seed, 0, 1)
+
+    def choose(observation: Any) -> int:
+        row = np.array([observation], learned.info.observation.dtype)
+        actions, _ = learned.act(row, noise.draw(None), optimal)
+        return int(actions[0]) + learned.first_action
+
     try:
         environment = make_environment(spec, resolve(spec))
     except Exception as error:
-        raise _unrenderable(
-            path, f"cannot be rendered: {error}", 'let its constructor take render_mode="rgb_array"'
-        ) from error
-    frames_per_s = float(environment.metadata.get("render_fps") or 30)
-    noise = _noise(seed, 0, 1)
+        remedy = 'let its constructor take render_mode="rgb_array"'
+        raise unrenderable(path, f"cannot be rendered: {error}", remedy) from error
     try:
-        with recording(path, frames_per_s=frames_per_s) as clip:
-            observation, _ = environment.reset(seed=seed_of(seed, 0, _INCARNATION))
-            for _ in range(learned.config.task.environment.max_steps):
-                clip.add(_frame(environment, path))
-                row = np.array([observation], learned.info.observation.dtype)
-                actions, _ = learned.act(row, noise.draw(None), optimal)
-                observation, _, terminated, truncated, _ = environment.step(int(actions[0]) + learned.first_action)
-                if terminated or truncated:
-                    break
-            clip.add(_frame(environment, path))
+        max_steps = learned.config.task.environment.max_steps
+        record_episode(path, environment, choose, seed=seed_of(seed, 0, _INCARNATION), max_steps=max_steps)
     finally:
         environment.close()
-
-
-def _frame(environment: Any, path: Path) -> NDArray[np.uint8]:
-    try:
-        frame = environment.render()
-    except Exception as error:
-        raise _unrenderable(path, f"cannot be rendered: {error}", REMEDY) from error
-    if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3):
-        raise _unrenderable(path, f"renders {type(frame).__name__}, not an array uint8 [height, width, 3]", "")
-    return frame
-
-
-def _unrenderable(path: Path, message: str, remedy: str) -> ConfigError:
-    return ConfigError([Fault("--video", f"the environment {message}", str(path), remedy)])

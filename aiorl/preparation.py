@@ -6,6 +6,7 @@ It is imported and called in a thread, since it imports torch and constructs env
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -77,8 +78,19 @@ def prepare(
     model: Model | None,
     optimizer: OptimizerFactory | None,
     lr_scheduler: LRSchedulerFactory | None,
+    resume: Resume,
 ) -> Prepared:
-    """Builds task and model and makes the folder. Blocks."""
+    """Builds task and model and makes the folder. Blocks.
+
+    Raises:
+        CheckpointMissing: ``resume = "must"`` and there is nothing to resume.
+        ConfigError: With every fault that the preflight found.
+    """
+    where = config.trainer.exp_dir
+    if resume == "must" and (where is None or not RunFolder(Path(where)).holds_checkpoint):
+        raise CheckpointMissing(
+            f"{where or 'a new folder'} holds no checkpoint to resume: name the run's folder as trainer.exp_dir"
+        )
     task = task or build_task(config.task)
     model = check(config, task, model)
     trainer = config.trainer
@@ -95,7 +107,6 @@ def restore(config: Config, folder: RunFolder, resume: Resume) -> Contents | Non
     """What the run goes on from, after comparing configurations; writes the folder's first files. Blocks.
 
     Raises:
-        CheckpointMissing: ``resume = "must"`` and there is nothing to resume.
         RunMismatch: The folder's run was configured otherwise, or must not be gone on from.
     """
     restored: Contents | None = None
@@ -114,10 +125,6 @@ def restore(config: Config, folder: RunFolder, resume: Resume) -> Contents | Non
                     folder=folder.path,
                 )
         restored = CheckpointStore(folder.checkpoints, only_most_recent=True).load().contents
-    elif resume == "must":
-        raise CheckpointMissing(
-            f"{folder.path} holds no checkpoint to resume: name the run's folder as trainer.exp_dir"
-        )
     folder.write_config(to_toml(config))
     folder.write_provenance()
     return restored

@@ -21,11 +21,12 @@ from aiorl.compute.device import Placement, TorchSettings, faster_threads
 from aiorl.environments.config import LinkConfig
 from aiorl.environments.supervisor import open_workers
 from aiorl.errors import CheckpointCorrupt, first_cause
+from aiorl.learning.acting import build_acting
 from aiorl.learning.checkpoint import CheckpointStore, load_weights
 from aiorl.learning.learner import Learner
+from aiorl.learning.parallel import visible_devices
 from aiorl.learning.snapshot import Buffers
 from aiorl.learning.training import Parts, Training
-from aiorl.models.mlp import MLP
 from aiorl.monitoring.config import LoggerConfig
 from aiorl.monitoring.folder import RunFolder
 from aiorl.monitoring.metrics import EpisodeWindow, EpochRecord
@@ -33,7 +34,7 @@ from aiorl.monitoring.sinks import Recorder
 from aiorl.monitoring.system import SystemStatistics
 from aiorl.sampling.batcher import MicroBatcher
 from aiorl.sampling.channel import Channel
-from aiorl.sampling.policy import Acting, NumpyActing, Policy, TorchActing
+from aiorl.sampling.policy import NumpyActing, Policy
 from aiorl.sampling.rollout import Rollout
 from aiorl.tasks.base import Callback, Hooks, ReinforcementLearningTask, State
 
@@ -288,7 +289,7 @@ class ReinforcementLearningTrainer:
                     resume_epoch=state.num_epochs,
                 )
             )
-            system = await stack.enter_async_context(SystemStatistics(config))
+            system = await stack.enter_async_context(SystemStatistics(config, visible_devices=visible_devices()))
             buffers = Buffers()
             await asyncio.to_thread(buffers.reserve, model.state_dict(), learning.state_dict())
             training = Training(
@@ -387,14 +388,10 @@ class ReinforcementLearningTrainer:
     ) -> tuple[Policy, Callable[[Any], Any]]:
         """The policy that acts, and the batcher's inference: NumPy on the loop for the built-in MLP, else torch in its place."""
         optimal = self.config.sampling.optimal
-        own_actions = type(task).get_actions is not ReinforcementLearningTask.get_actions
-        acting: Acting
-        if isinstance(model, MLP) and type(model).policy is MLP.policy and not own_actions and device.type == "cpu":
-            acting = NumpyActing(model.policy_layers(), model.activation)
-            policy = Policy(acting, optimal=optimal, version=version)
-            return policy, policy.act
-        acting = await asyncio.to_thread(TorchActing, model, task.get_actions, device)
+        acting = await asyncio.to_thread(build_acting, model, task, device)
         policy = Policy(acting, optimal=optimal, version=version)
+        if isinstance(acting, NumpyActing):
+            return policy, policy.act
         place = await stack.enter_async_context(Placement("acting", settings))
         return policy, lambda rows: place.call(policy.act, rows)
 
@@ -433,10 +430,12 @@ def _load_into(model: Model, weights: dict[str, Tensor], *, strict: bool) -> Non
 def summary_of(outcome: Outcome, failure: BaseException | None, *, stopped: bool) -> dict[str, Any]:
     """The content of ``summary.json``."""
     state = outcome.state
-    status = "failed" if failure is not None else "stopped" if stopped else "finished"
+    cancelled = isinstance(failure, asyncio.CancelledError)
+    failed = failure is not None and not cancelled
+    status = "failed" if failed else "stopped" if stopped or cancelled else "finished"
     return {
         "status": status,
-        "reason": outcome.reason,
+        "reason": "cancelled" if cancelled else outcome.reason,
         "num_samples": state.num_samples,
         "num_episodes": state.num_episodes,
         "num_epochs": state.num_epochs,
@@ -445,5 +444,5 @@ def summary_of(outcome: Outcome, failure: BaseException | None, *, stopped: bool
         "wall_s": outcome.wall_s,
         "samples_per_s": state.num_samples / outcome.wall_s if outcome.wall_s > 0 else None,
         "given_up_samples": outcome.given_up,
-        "error": None if failure is None else f"{type(failure).__name__}: {failure}",
+        "error": None if not failed else f"{type(failure).__name__}: {failure}",
     }

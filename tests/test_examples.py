@@ -14,7 +14,7 @@ EXPECTED = {
     "custom_environment.py": "mean return",
     "custom_task.py": "mean return of the last 100 episodes: ",
     "embed.py": 'GET / -> {"status": "running"',
-    "microbatcher.py": "\n",
+    "microbatcher.py": "requests in ",
 }
 
 

@@ -22,7 +22,7 @@ class OwnedThread:
         name: Name of the thread, as debuggers and ``py-spy`` show it.
     """
 
-    def __init__(self, target: Callable[[], None], *, name: str) -> None:
+    def __init__(self, target: Callable[[], object], *, name: str) -> None:
         self._target = target
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._ended = asyncio.Event()

@@ -19,9 +19,48 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-REMEDY: Final = 'pip install "aiorl[video]"'
+_INSTALL: Final = 'pip install "aiorl[video]"'
 
 _SHORTEST_GIF_FRAME_MS: Final = 20  # players slow down what is to be shown for less
+
+
+def record_episode(path: Path, environment: Any, choose: Callable[[Any], int], *, seed: int, max_steps: int) -> None:
+    """Plays an environment's first episode and records it, the state after its last step included.
+
+    Args:
+        path: See `recording`.
+        environment: Renders ``rgb_array``; its ``metadata["render_fps"]`` says how fast the clip is shown.
+        choose: The action for an observation.
+        seed: Of the reset.
+        max_steps: After which the clip ends at the latest.
+
+    Raises:
+        ConfigError: It cannot be rendered, or what `recording` raises.
+    """
+    frames_per_s = float(environment.metadata.get("render_fps") or 30)
+    with recording(path, frames_per_s=frames_per_s) as clip:
+        observation, _ = environment.reset(seed=seed)
+        clip.add(_frame(environment, path))
+        for _ in range(max_steps):
+            observation, _, terminated, truncated, _ = environment.step(choose(observation))
+            clip.add(_frame(environment, path))
+            if terminated or truncated:
+                break
+
+
+def _frame(environment: Any, path: Path) -> NDArray[np.uint8]:
+    try:
+        frame = environment.render()
+    except Exception as error:
+        raise unrenderable(path, f"cannot be rendered: {error}", _INSTALL) from error
+    if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3):
+        raise unrenderable(path, f"renders {type(frame).__name__}, not an array uint8 [height, width, 3]")
+    return frame
+
+
+def unrenderable(path: Path, message: str, remedy: str = "") -> ConfigError:
+    """The error that no clip can be made, because of what the message says of the environment."""
+    return _fault(path, f"the environment {message}", remedy)
 
 
 class Clip(Protocol):
@@ -56,7 +95,7 @@ def recording(path: Path, *, frames_per_s: float) -> Iterator[Clip]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
     except ImportError as error:
-        raise _fault(path, f"cannot be written: {error.name} is not installed", REMEDY) from error
+        raise _fault(path, f"cannot be written: {error.name} is not installed", _INSTALL) from error
     except OSError as error:
         raise _fault(path, f"cannot be written: {error.strerror}: {error.filename}", "name another file") from error
     try:

@@ -152,7 +152,7 @@ def test_an_environment_that_raises_while_it_is_played(
     assert done.returncode == 1, done.stderr
     assert f"error: the environment of worker 0 {cause}\n" in done.stderr
     assert done.stderr.count("Traceback (most recent call last)") == 1
-    assert "aiorl/run.py" not in done.stderr
+    assert "aiorl/runs.py" not in done.stderr
     told = summary(tmp_path / "run")
     assert told["status"] == "failed"
     assert cause in told["error"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from imageio_ffmpeg import count_frames_and_secs, get_ffmpeg_exe
 from PIL import Image
 
 from aiorl.errors import ConfigError
-from aiorl.monitoring.video import recording
+from aiorl.monitoring.video import record_episode, recording
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,3 +91,48 @@ def test_a_place_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
         recording(tmp_path / "file" / "clip.gif", frames_per_s=10),
     ):
         pass
+
+
+class Strange:
+    """Renders what it was given."""
+
+    metadata: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, picture: Any) -> None:
+        self._picture = picture
+
+    def reset(self, *, seed: int) -> tuple[int, dict[str, Any]]:
+        return seed, {}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        return action, 0.0, False, False, {}
+
+    def render(self) -> Any:
+        if isinstance(self._picture, Exception):
+            raise self._picture
+        return self._picture
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (None, "renders NoneType, not an array"),
+        (np.zeros((4, 4), np.uint8), "renders ndarray, not an array uint8 "),
+        (RuntimeError("pygame is not installed"), r"cannot be rendered: pygame is not installed; pip install"),
+    ],
+)
+def test_what_is_no_picture_is_a_fault(tmp_path: Path, picture: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        record_episode(tmp_path / "clip.gif", Strange(picture), lambda observation: observation, seed=1, max_steps=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clip_ends_after_max_steps(tmp_path: Path) -> None:
+    chosen: list[int] = []
+
+    def choose(observation: int) -> int:
+        chosen.append(observation)
+        return observation + 1
+
+    record_episode(tmp_path / "clip.gif", Strange(bar(5)), choose, seed=7, max_steps=3)
+    assert chosen == [7, 8, 9]

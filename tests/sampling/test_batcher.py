@@ -171,12 +171,14 @@ async def test_a_timer_set_for_an_earlier_row_waits_on_for_the_later_one() -> No
     assert infer.batches == [[1, 2], [3]]
 
 
-async def test_no_wait_gathers_what_is_submitted_in_one_turn() -> None:
+async def test_no_wait_gathers_what_is_submitted_in_one_turn_time_and_again() -> None:
     infer = Doubler()
-    async with MicroBatcher(infer, max_wait_time=0) as batcher, asyncio.TaskGroup() as tasks:
-        for value in range(5):
-            tasks.create_task(batcher.submit(rows(value)))
-    assert infer.batches == [[0, 1, 2, 3, 4]]
+    async with MicroBatcher(infer, max_wait_time=0) as batcher:
+        for wave in ([0, 1, 2], [3, 4], [5, 6, 7]):
+            async with asyncio.TaskGroup() as tasks:
+                for value in wave:
+                    tasks.create_task(batcher.submit(rows(value)))
+    assert infer.batches == [[0, 1, 2], [3, 4], [5, 6, 7]]
 
 
 async def test_an_expired_wait_stays_expired_until_the_minimum_is_there() -> None:
@@ -315,6 +317,21 @@ async def test_a_producer_may_join_late_and_is_not_waited_for_until_it_was_answe
                 await late.submit(rows(5))
                 await task
     assert infer.batches == [[1], [2], [3], [4, 5]]
+
+
+async def test_a_producer_that_left_while_its_rows_computed_is_not_waited_for() -> None:
+    infer = Held()
+    async with MicroBatcher(infer) as batcher, asyncio.TaskGroup() as tasks:
+        with batcher.producer() as steady:
+            with batcher.producer() as leaves:
+                last = tasks.create_task(leaves.submit(rows(1)))
+                await infer.began.wait()
+            infer.gate.set()
+            assert firsts(await last) == [2]
+            following = tasks.create_task(steady.submit(rows(2)))
+            await infer.began.wait()
+            infer.gate.set()
+            assert firsts(await following) == [4]
 
 
 async def test_joining_flushes_what_others_have_queued() -> None:

@@ -454,7 +454,9 @@ def test_ten_epochs_of_dropped_rows_and_none_kept_end_in_an_error() -> None:
     send(ledger, 0, 0)
     ledger.land(0, 0, 3, 1.0)
     send(ledger, 0, 0)
-    with pytest.raises(EpisodesTooShort, match=r"^40 transitions in a row .* lower trainer.sampling.min_trajectory_length"):
+    with pytest.raises(
+        EpisodesTooShort, match=r"^40 transitions in a row .* lower trainer.sampling.min_trajectory_length"
+    ):
         ledger.land(0, 0, 1, 1.0)
 
 

@@ -171,9 +171,7 @@ class Pair:
             max_trajectory_length=options["maximum"],
             next_step=self.next_step,
         )
-        self.environments = [
-            Environment(options["minimum"], options["maximum"], self.next_step) for _ in range(size)
-        ]
+        self.environments = [Environment(options["minimum"], options["maximum"], self.next_step) for _ in range(size)]
         self.end_rate: float = options["end_rate"]
         self.observations = self.random(size)
         self.track.begin(self.observations)

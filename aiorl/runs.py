@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_UNREAD_REPORTS = 1_000
+_ONE_INTERRUPT_S = 0.05  # `timeout -s INT` and the like signal a process and then its group: that is one interrupt
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +322,7 @@ async def open_run(
     """
     started_at = time.perf_counter()
     preparation, trainers = await asyncio.to_thread(_import_torch)
-    prepared = await asyncio.to_thread(preparation.prepare, config, task, model, optimizer, lr_scheduler)
+    prepared = await asyncio.to_thread(preparation.prepare, config, task, model, optimizer, lr_scheduler, resume)
     folder = prepared.folder
     with folder.lock():
         restored = await asyncio.to_thread(preparation.restore, config, folder, resume)
@@ -441,11 +442,15 @@ async def _run(
     outcome: Outcome | None
     runs: list[Run] = []
     received: list[signal.Signals] = []
+    received_at: list[float] = []
     companions: list[asyncio.Task[None]] = []
 
     def on_signal(number: signal.Signals) -> None:
         first = not received
+        if not first and loop.time() - received_at[0] < _ONE_INTERRUPT_S:
+            return
         received.append(number)
+        received_at[:] = [loop.time()]
         if runs and first:
             logger.info("%s: finishing the open epoch, then a checkpoint", number.name)
             runs[0].stop(f"stopped by {number.name}")
