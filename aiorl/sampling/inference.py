@@ -92,9 +92,7 @@ class Inference:
                     self._wake = asyncio.get_running_loop().create_future()
                     await self._wake
                 else:
-                    job, self._job = self._job, None
-                    await self._attend(job)
-                    del job  # not kept until the next
+                    await self._attend(self._job)
         except BaseException as error:
             self._worker = None
             self._drop_job()
@@ -103,6 +101,7 @@ class Inference:
             raise
 
     async def _attend(self, job: Awaitable[Any]) -> None:
+        self._job = None
         try:
             answers = await job
         except Exception as error:  # noqa: BLE001 # it is the submitters'

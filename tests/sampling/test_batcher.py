@@ -813,6 +813,33 @@ async def test_closing_without_draining_refuses_all_and_cancels_the_inference(be
     assert batcher.statistics().num_failed == 3
 
 
+async def test_an_inference_may_clean_up_when_it_is_cancelled_and_is_not_cancelled_again() -> None:
+    began, cleaning, clean = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    cleaned = []
+
+    async def infer(batch: NDArray[Any]) -> NDArray[Any]:
+        try:
+            began.set()
+            await asyncio.get_running_loop().create_future()
+        finally:
+            cleaning.set()
+            await clean.wait()
+            cleaned.append(len(batch))
+        return batch
+
+    async with MicroBatcher(infer, max_batch_size=1) as batcher, asyncio.TaskGroup() as tasks:
+        refused = asyncio.Task(batcher.submit(rows(1)))
+        await began.wait()
+        closing = [tasks.create_task(batcher.aclose(drain=False))]
+        await cleaning.wait()
+        closing.append(tasks.create_task(batcher.aclose(drain=False)))
+        await turns()
+        assert isinstance(await failure(refused), BatcherClosed)
+        assert not any(task.done() for task in closing)
+        clean.set()
+    assert cleaned == [1]
+
+
 async def test_closing_without_draining_cuts_a_drain_short() -> None:
     infer = Held()
     async with MicroBatcher(infer, max_batch_size=1) as batcher, asyncio.TaskGroup() as tasks:

@@ -259,6 +259,17 @@ def test_where_groups_have_gone_on_the_next_epochs_earliest_steps_are_taken_over
     assert sealed_of(ledger) == [Sealed(2, {0: 3, 1: 1, 2: 1}, 3, 0, 2)]
 
 
+def test_of_the_next_epochs_steps_the_earliest_granted_is_taken_over_first() -> None:
+    ledger = ledger_of(3, 2, max_policy_lag=1)
+    with_a_median_of_one_second(ledger, 0, 1)
+    assert [send(ledger, 2, 1), send(ledger, 1, 1, at=99.0), send(ledger, 0, 1, at=99.0)] == [1, 2, 2]
+    ledger.land(0, 1, 0, 100.0)
+    ledger.expire(100.0)
+    assert sealed_of(ledger) == []  # group 1's is, though group 0's has landed
+    ledger.land(1, 1, 0, 101.0)
+    assert sealed_of(ledger) == [Sealed(1, {0: 1, 1: 1, 2: 0}, 2, 0, 0)]
+
+
 def test_an_outstanding_step_that_was_taken_over_is_waited_for() -> None:
     ledger = ledger_of(2, 2, max_policy_lag=1)
     with_a_median_of_one_second(ledger, 0, 1)
