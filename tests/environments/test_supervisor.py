@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import tempfile
 import time
 from contextlib import asynccontextmanager
@@ -316,7 +317,7 @@ async def test_awaitable_environments_are_refused_in_workers() -> None:
 
 
 async def test_interpreter_flags_reach_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.warnoptions", ["error"])
+    monkeypatch.setattr("sys.warnoptions", [*(["default"] if sys.flags.dev_mode else []), "error"])
     async with workers_of("walks:Mirror", num_env_workers=1) as workers:
         assert (await workers.groups[0].reset())[0, 2] == 1
 
