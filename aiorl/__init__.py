@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from aiorl.errors import AiorlError, ConfigError
     from aiorl.evaluation import load_policy
     from aiorl.learning.config import ReinforcementLearningTrainerConfig
-    from aiorl.runs import EpochReport, Run, open_run, run
+    from aiorl.runs import EpochReport, Run, open_run
     from aiorl.sampling.batcher import MicroBatcher
     from aiorl.sampling.config import SamplingConfig
+    from aiorl.standalone import run
     from aiorl.tasks.base import Callback, ReinforcementLearningTask, State
     from aiorl.trainer import ReinforcementLearningTrainer
 
@@ -66,7 +67,7 @@ _HOMES = {
     "load_config": "aiorl.config",
     "load_policy": "aiorl.evaluation",
     "open_run": "aiorl.runs",
-    "run": "aiorl.runs",
+    "run": "aiorl.standalone",
 }
 
 

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
     from aiorl.config import Config
     from aiorl.evaluation import Evaluation
-    from aiorl.runs import Run, RunResult
+    from aiorl.runs import Run
+    from aiorl.standalone import RunResult
 
 FINISHED: Final = 0
 FAILED: Final = 1
@@ -248,7 +249,7 @@ def _train(
 ) -> int:
     """Runs to the end, and tells how it ended and what to type next."""
     from aiorl.monitoring.progress import Goals, ProgressDisplay
-    from aiorl.runs import run as run_to_end
+    from aiorl.standalone import run as run_to_end
 
     trainer = config.trainer
     limits = {field.name: getattr(trainer, field.name) for field in fields(Goals)}

@@ -1,4 +1,4 @@
-"""A run as an object: opened inside somebody's loop by `open_run`, or run to its end with a loop and signals of its own by `run`.
+"""A run as an object, opened inside somebody's loop by `open_run`.
 
 | what waits                 | for, and who ends the wait                                       | ends otherwise with            |
 |----------------------------|------------------------------------------------------------------|--------------------------------|
@@ -16,21 +16,20 @@ import contextlib
 import importlib
 import logging
 import math
-import signal
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from aiorl.config import to_toml, with_values
 from aiorl.errors import AiorlError, ConfigError, Fault, first_cause
-from aiorl.monitoring.folder import RunFolder, log_to
+from aiorl.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+    from pathlib import Path
 
     from aiorl.config import Config
     from aiorl.environments.supervisor import Workers
@@ -39,14 +38,13 @@ if TYPE_CHECKING:
     from aiorl.models.base import Model
     from aiorl.monitoring.metrics import EpochRecord
     from aiorl.preparation import Resume
+    from aiorl.session import Outcome
     from aiorl.tasks.base import Callback, ReinforcementLearningTask
     from aiorl.tasks.config import TaskConfig
-    from aiorl.trainer import Outcome
 
 logger = logging.getLogger(__name__)
 
 MAX_UNREAD_REPORTS = 1_000
-_ONE_INTERRUPT_S = 0.05  # `timeout -s INT` and the like signal a process and then its group: that is one interrupt
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +280,7 @@ def _changeable(path: str) -> bool:
     return own or path in _CHANGEABLE
 
 
-def _import_torch() -> tuple[Any, Any]:
+def import_torch() -> tuple[Any, Any]:
     """Imports what imports torch: a second or more, and not on the loop."""
     importlib.import_module("torch._dynamo")  # the first optimizer needs it
     return importlib.import_module("aiorl.preparation"), importlib.import_module("aiorl.trainer")
@@ -321,7 +319,7 @@ async def open_run(
         AiorlError: Why the run failed; see `aiorl.errors`.
     """
     started_at = time.perf_counter()
-    preparation, trainers = await asyncio.to_thread(_import_torch)
+    preparation, trainers = await asyncio.to_thread(import_torch)
     prepared = await asyncio.to_thread(preparation.prepare, config, task, model, optimizer, lr_scheduler, resume)
     folder = prepared.folder
     with folder.lock():
@@ -333,7 +331,7 @@ async def open_run(
             session.report = run._report
             ready.set_result(run)
 
-        session = trainers.Session(folder, restored, tuple(callbacks), started_at, ready=start)
+        session = Session(folder, restored, tuple(callbacks), started_at, ready=start)
         trainer = trainers.ReinforcementLearningTrainer(config.trainer, link=config.link, logger=config.logger)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -371,115 +369,3 @@ def _with_field(section: TaskConfig, name: str, value: Any) -> TaskConfig:
             for each in error.errors()
         ]
         raise ConfigError(faults) from error
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """What `run` returns.
-
-    Attributes:
-        folder: The run's folder.
-        outcome: How it ended; None where a signal ended it at once.
-        signal: The signal that stopped it; None where none did.
-    """
-
-    folder: Path
-    outcome: Outcome | None
-    signal: signal.Signals | None
-
-
-def run(
-    config: Config,
-    *,
-    resume: Resume = "auto",
-    callbacks: Iterable[Callback] = (),
-    opened: Callable[[Run], Any] | None = None,
-    beside: Callable[[Run], Any] | None = None,
-) -> RunResult:
-    """Runs to the end, with a loop and signal handlers of its own. Blocks; to be called in the main thread.
-
-    SIGUSR1 asks for a checkpoint at the next epoch end. SIGTERM and the first SIGINT finish the open epoch, within
-    ``drain_timeout``, checkpoint and end; a second SIGINT ends at once.
-
-    Args:
-        config: What `load_config` returned.
-        resume: As for `open_run`.
-        callbacks: Told about the run, after the task.
-        opened: Called on the loop with the run, before its first step.
-        beside: ``async (run) -> None``, runs beside the training; its end stops the run.
-
-    Raises:
-        AiorlError: Why the run failed, first cause first.
-    """
-    _import_torch()  # before the loop starts: it would stall it
-    with asyncio.Runner(loop_factory=_loop_factory(config.trainer.loop)) as runner:
-        return runner.run(_run(config, resume, tuple(callbacks), opened, beside))
-
-
-def _loop_factory(name: Literal["auto", "asyncio", "uvloop"]) -> Callable[[], asyncio.AbstractEventLoop]:
-    if name != "asyncio":
-        try:
-            import uvloop
-        except ImportError as error:
-            if name == "uvloop":
-                remedy = 'install uvloop, or set it to "auto"'
-                raise ConfigError([Fault("trainer.loop", "uvloop is not installed", '"uvloop"', remedy)]) from error
-        else:
-            return uvloop.new_event_loop
-    return asyncio.new_event_loop
-
-
-async def _run(
-    config: Config,
-    resume: Resume,
-    callbacks: tuple[Callback, ...],
-    opened: Callable[[Run], Any] | None,
-    beside: Callable[[Run], Any] | None,
-) -> RunResult:
-    loop = asyncio.get_running_loop()
-    main = asyncio.current_task()
-    assert main is not None
-    outcome: Outcome | None
-    runs: list[Run] = []
-    received: list[signal.Signals] = []
-    received_at: list[float] = []
-    companions: list[asyncio.Task[None]] = []
-
-    def on_signal(number: signal.Signals) -> None:
-        first = not received
-        if not first and loop.time() - received_at[0] < _ONE_INTERRUPT_S:
-            return
-        received.append(number)
-        received_at[:] = [loop.time()]
-        if runs and first:
-            logger.info("%s: finishing the open epoch, then a checkpoint", number.name)
-            runs[0].stop(f"stopped by {number.name}")
-            for companion in companions:
-                companion.cancel()
-        elif not runs or number is signal.SIGINT:
-            main.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal, number)
-    loop.add_signal_handler(signal.SIGUSR1, lambda: runs[0].request_checkpoint() if runs else None)
-    try:
-        async with contextlib.AsyncExitStack() as stack:
-            run = await stack.enter_async_context(open_run(config, callbacks=callbacks, resume=resume))
-            runs.append(run)
-            stack.enter_context(log_to(RunFolder(run.folder, config.trainer.log_dir_name)))
-            if opened is not None:
-                opened(run)
-            if beside is not None:
-                async with asyncio.TaskGroup() as tasks:
-                    companions.append(tasks.create_task(beside(run), name="beside the run"))
-                run.stop("its console was left")
-            outcome = await run.wait()
-    except asyncio.CancelledError:
-        if not received:
-            raise
-        main.uncancel()
-        outcome = runs[0].outcome if runs else None
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            loop.remove_signal_handler(number)
-    return RunResult(runs[0].folder if runs else Path(), outcome, received[0] if received else None)

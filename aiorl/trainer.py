@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,28 +19,29 @@ import torch
 from aiorl.compute.device import Placement, TorchSettings, faster_threads
 from aiorl.environments.config import LinkConfig
 from aiorl.environments.supervisor import open_workers
-from aiorl.errors import CheckpointCorrupt, first_cause
+from aiorl.errors import first_cause
 from aiorl.learning.acting import build_acting
 from aiorl.learning.checkpoint import CheckpointStore, load_weights
 from aiorl.learning.learner import Learner
 from aiorl.learning.parallel import visible_devices
 from aiorl.learning.snapshot import Buffers
 from aiorl.learning.training import Parts, Training
+from aiorl.learning.weights import load_into
 from aiorl.monitoring.config import LoggerConfig
 from aiorl.monitoring.folder import RunFolder
-from aiorl.monitoring.metrics import EpisodeWindow, EpochRecord
+from aiorl.monitoring.metrics import EpisodeWindow
 from aiorl.monitoring.sinks import Recorder
 from aiorl.monitoring.system import SystemStatistics
 from aiorl.sampling.batcher import MicroBatcher
 from aiorl.sampling.channel import Channel
 from aiorl.sampling.policy import NumpyActing, Policy
 from aiorl.sampling.rollout import Rollout
-from aiorl.tasks.base import Callback, Hooks, ReinforcementLearningTask, State
+from aiorl.session import Outcome, Session, summary_of
+from aiorl.tasks.base import Hooks, ReinforcementLearningTask, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
-    from torch import Tensor
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
@@ -55,46 +55,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SMALL_PARAMETERS = 1_000_000
-
-
-@dataclass(slots=True)
-class Session:
-    """What a run is given besides the objects that it trains.
-
-    Attributes:
-        folder: The run's folder, locked by the caller.
-        restored: What it goes on from; None: a new run.
-        callbacks: Told about the run after the task.
-        started_at: ``time.perf_counter()`` before environments, model and optimizer were built.
-        report: Called with each epoch's record, on the loop.
-        ready: Called once, on the loop, when everything is built and before the first step.
-    """
-
-    folder: RunFolder
-    restored: Contents | None = None
-    callbacks: Iterable[Callback] = ()
-    started_at: float = field(default_factory=time.perf_counter)
-    report: Callable[[EpochRecord], None] = lambda _: None
-    ready: Callable[[Training, Workers], None] = lambda *_: None
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        state: Its counters.
-        reason: Why it ended, in words.
-        episode_return_mean: Over the last 100 episodes; None before the first.
-        wall_s: Seconds from `Session.started_at` to the last optimizer step.
-        given_up: Kept transitions that were not learned, because the run was stopped.
-    """
-
-    state: State
-    reason: str
-    episode_return_mean: float | None
-    wall_s: float
-    given_up: int
 
 
 class ReinforcementLearningTrainer:
@@ -342,9 +302,9 @@ class ReinforcementLearningTrainer:
         model.to(device)
         checkpoint = self.config.checkpoint
         if restored is None and checkpoint.load_from_ckpt_path is not None:
-            _load_into(model, load_weights(checkpoint.load_from_ckpt_path), strict=checkpoint.load_strict)
+            load_into(model, load_weights(checkpoint.load_from_ckpt_path), strict=checkpoint.load_strict)
         if restored is not None:
-            _load_into(model, dict(restored.model), strict=True)
+            load_into(model, dict(restored.model), strict=True)
         built = optimizer(model.parameters())
         scheduler = lr_scheduler(built)
         if restored is not None:
@@ -406,43 +366,3 @@ def _asks(task: ReinforcementLearningTask, state: State) -> Callable[[int], bool
         return task.epoch_is_over(state)
 
     return epoch_is_over
-
-
-def _load_into(model: Model, weights: dict[str, Tensor], *, strict: bool) -> None:
-    """Loads weights, or those that fit where `strict` is not set."""
-    own = model.state_dict()
-    misfits = [
-        f"{name} {list(weights[name].shape) if name in weights else '(missing)'} for {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name not in weights or weights[name].shape != tensor.shape
-    ]
-    misfits += [f"{name} (unknown)" for name in weights if name not in own]
-    if misfits and strict:
-        raise CheckpointCorrupt(f"the checkpoint's weights are not this model's: {'; '.join(misfits[:5])}")
-    for misfit in misfits:
-        logger.warning("weights left as they were: %s", misfit)
-    model.load_state_dict(
-        {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape},
-        strict=False,
-    )
-
-
-def summary_of(outcome: Outcome, failure: BaseException | None, *, stopped: bool) -> dict[str, Any]:
-    """The content of ``summary.json``."""
-    state = outcome.state
-    cancelled = isinstance(failure, asyncio.CancelledError)
-    failed = failure is not None and not cancelled
-    status = "failed" if failed else "stopped" if stopped or cancelled else "finished"
-    return {
-        "status": status,
-        "reason": "cancelled" if cancelled else outcome.reason,
-        "num_samples": state.num_samples,
-        "num_episodes": state.num_episodes,
-        "num_epochs": state.num_epochs,
-        "num_steps": state.num_steps,
-        "episode_return_mean": outcome.episode_return_mean,
-        "wall_s": outcome.wall_s,
-        "samples_per_s": state.num_samples / outcome.wall_s if outcome.wall_s > 0 else None,
-        "given_up_samples": outcome.given_up,
-        "error": None if not failed else f"{type(failure).__name__}: {failure}",
-    }

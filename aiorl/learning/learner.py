@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from aiorl.errors import NaNError, NonFiniteError
+from aiorl.learning.dataset import prepare
 from aiorl.learning.optim import SampleSchedule
 from aiorl.monitoring.metrics import WeightedMeans
-from aiorl.tasks.base import ReinforcementLearningTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -40,13 +40,12 @@ if TYPE_CHECKING:
     from aiorl.learning.config import ReinforcementLearningTrainerConfig
     from aiorl.models.base import Model
     from aiorl.sampling.pages import PagePool
-    from aiorl.sampling.trajectory import SealedEpoch, TrajectoryBatch
-    from aiorl.tasks.base import Hooks, State
+    from aiorl.sampling.trajectory import SealedEpoch
+    from aiorl.tasks.base import Hooks, ReinforcementLearningTask, State
 
 logger = logging.getLogger(__name__)
 
 _QUIET_TURNS = 8
-_PREPARE_ROWS = 16_384
 _MAX_NAMES = 5
 
 
@@ -167,7 +166,10 @@ class Learner:
         state, task = self._state, self._task
         started = time.perf_counter()
         try:
-            batch, dataset = await self._placement.call(self._prepare, sealed)
+            lagging = self._config.sampling.max_policy_lag > 0
+            batch, dataset = await self._placement.call(
+                prepare, sealed, self.model, task, self._device, lagging=lagging
+            )
         finally:
             sealed.release(pool)
         state.num_epoch_samples = len(batch)
@@ -203,48 +205,6 @@ class Learner:
             time.perf_counter() - prepared,
             complete=not self._stopping,
         )
-
-    # ------------------------------------------------------------------ preparation
-    def _prepare(self, sealed: SealedEpoch) -> tuple[TrajectoryBatch, dict[str, Tensor]]:
-        """Trajectories, their values under the weights as they are, and the dataset."""
-        task = self._task
-        batch = sealed.gather()
-        self._evaluate(batch)
-        if type(task).postprocess_trajectory is not ReinforcementLearningTask.postprocess_trajectory:
-            for trajectory in batch.trajectories():
-                batch.replace(trajectory, task.postprocess_trajectory(trajectory))
-        batch = task.postprocess_trajectories(batch)
-        arrays = task.build_rl_dataset(batch)
-        return batch, {name: torch.as_tensor(array, device=self._device) for name, array in arrays.items()}
-
-    @torch.no_grad()
-    def _evaluate(self, batch: TrajectoryBatch) -> None:
-        """The value of every row and of every bootstrap, in one pass; with a lag, the log-probabilities too.
-
-        A model without `value` (a task that needs none) leaves every value 0.
-        """
-        lagging = self._config.sampling.max_policy_lag > 0
-        num_rows = len(batch)
-        values = np.zeros(num_rows + len(batch.bootstrap_rows), np.float32)
-        evaluate = getattr(self.model, "value", None)
-        if evaluate is not None:
-            observations = np.concatenate([batch.observations, batch.bootstrap_observations])
-            for begin in range(0, len(values), _PREPARE_ROWS):
-                chunk = torch.as_tensor(observations[begin : begin + _PREPARE_ROWS], device=self._device)
-                values[begin : begin + _PREPARE_ROWS] = evaluate(chunk).float().cpu().numpy()
-        batch.set_values(values[:num_rows], values[num_rows:])
-        if lagging:
-            log_probs = np.empty(num_rows, np.float32)
-            for begin in range(0, num_rows, _PREPARE_ROWS):
-                rows = slice(begin, begin + _PREPARE_ROWS)
-                chosen = self._task.get_actions(
-                    self.model, torch.as_tensor(batch.observations[rows], device=self._device), False
-                )
-                if isinstance(chosen, tuple):  # a task that draws for itself: its old log-probabilities must do
-                    return
-                actions = torch.as_tensor(batch.actions[rows], device=self._device)
-                log_probs[rows] = chosen.log_prob(actions).float().cpu().numpy()
-            batch.extras["start_log_probs"] = log_probs
 
     # ------------------------------------------------------------------ minibatches
     async def _pass(

@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any, NewType
 import numpy as np
 
 from aiorl.errors import ChannelClosed, GroupLost
-from aiorl.sampling.epoch import EpochLedger, Granted, Opened, Sealed
+from aiorl.sampling.decisions import Granted, Opened, Sealed
+from aiorl.sampling.epoch import EpochLedger
 from aiorl.sampling.noise import ActionNoise
-from aiorl.sampling.pages import GroupTrack, PagePool
+from aiorl.sampling.pages import PagePool
+from aiorl.sampling.track import GroupTrack
 from aiorl.sampling.trajectory import SealedEpoch
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from aiorl.sampling.pages import PagePool, Segment
+    from aiorl.sampling.pages import PagePool
+    from aiorl.sampling.track import Segment
 
 
 _ROW_NAMES = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from aiorl.errors import EpisodesTooShort
-from aiorl.sampling.epoch import Decision, EpochLedger, Granted, Opened, Sealed
+from aiorl.sampling.decisions import Decision, Granted, Opened, Sealed
+from aiorl.sampling.epoch import EpochLedger
 
 
 def ledger_of(

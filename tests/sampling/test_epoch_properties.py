@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from aiorl.environments.make import Tick
 from aiorl.environments.spaces import ArraySpec
 from aiorl.errors import EpisodesTooShort
-from aiorl.sampling.epoch import EpochLedger, Granted, Opened, Sealed
-from aiorl.sampling.pages import GroupTrack, PagePool
+from aiorl.sampling.decisions import Granted, Opened, Sealed
+from aiorl.sampling.epoch import EpochLedger
+from aiorl.sampling.pages import PagePool
+from aiorl.sampling.track import GroupTrack
 from aiorl.sampling.trajectory import SealedEpoch
 
 if TYPE_CHECKING:

@@ -9,12 +9,13 @@ import pytest
 
 from aiorl.environments.make import Tick
 from aiorl.environments.spaces import ArraySpec
-from aiorl.sampling.pages import CUT, REAL, TERMINATED, TRUNCATED, GroupTrack, PagePool
+from aiorl.sampling.pages import CUT, REAL, TERMINATED, TRUNCATED, PagePool
+from aiorl.sampling.track import GroupTrack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aiorl.sampling.pages import Landing, Segment
+    from aiorl.sampling.track import Landing, Segment
 
 OBSERVATION = ArraySpec((), "float64")
 

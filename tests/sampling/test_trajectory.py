@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from aiorl.environments.make import Tick
 from aiorl.environments.spaces import ArraySpec
-from aiorl.sampling.pages import GroupTrack, PagePool
+from aiorl.sampling.pages import PagePool
+from aiorl.sampling.track import GroupTrack
 from aiorl.sampling.trajectory import SealedEpoch, TrajectoryBatch
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from aiorl.sampling.pages import Landing, Segment
+    from aiorl.sampling.track import Landing, Segment
 
 
 # ---------------------------------------------------------------------- the reference

@@ -1,0 +1,147 @@
+"""A run to its end, with a loop and signals of its own.
+
+| signal               | what follows                                                                              |
+|----------------------|-------------------------------------------------------------------------------------------|
+| SIGUSR1              | a checkpoint at the next epoch end                                                        |
+| SIGTERM, first SIGINT| the open epoch is finished, within ``drain_timeout``; a checkpoint; the end               |
+| second SIGINT        | the end, at once                                                                          |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from aiorl.errors import ConfigError, Fault
+from aiorl.monitoring.folder import RunFolder, log_to
+from aiorl.runs import import_torch, open_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from aiorl.config import Config
+    from aiorl.preparation import Resume
+    from aiorl.runs import Run
+    from aiorl.session import Outcome
+    from aiorl.tasks.base import Callback
+
+logger = logging.getLogger(__name__)
+
+_ONE_INTERRUPT_S = 0.05  # `timeout -s INT` and the like signal a process and then its group: that is one interrupt
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What `run` returns.
+
+    Attributes:
+        folder: The run's folder.
+        outcome: How it ended; None where a signal ended it at once.
+        signal: The signal that stopped it; None where none did.
+    """
+
+    folder: Path
+    outcome: Outcome | None
+    signal: signal.Signals | None
+
+
+def run(
+    config: Config,
+    *,
+    resume: Resume = "auto",
+    callbacks: Iterable[Callback] = (),
+    opened: Callable[[Run], Any] | None = None,
+    beside: Callable[[Run], Any] | None = None,
+) -> RunResult:
+    """Runs to the end, with a loop and signal handlers of its own. Blocks; to be called in the main thread.
+
+    SIGUSR1 asks for a checkpoint at the next epoch end. SIGTERM and the first SIGINT finish the open epoch, within
+    ``drain_timeout``, checkpoint and end; a second SIGINT ends at once.
+
+    Args:
+        config: What `load_config` returned.
+        resume: As for `open_run`.
+        callbacks: Told about the run, after the task.
+        opened: Called on the loop with the run, before its first step.
+        beside: ``async (run) -> None``, runs beside the training; its end stops the run.
+
+    Raises:
+        AiorlError: Why the run failed, first cause first.
+    """
+    import_torch()  # before the loop starts: it would stall it
+    with asyncio.Runner(loop_factory=_loop_factory(config.trainer.loop)) as runner:
+        return runner.run(_run(config, resume, tuple(callbacks), opened, beside))
+
+
+def _loop_factory(name: Literal["auto", "asyncio", "uvloop"]) -> Callable[[], asyncio.AbstractEventLoop]:
+    if name != "asyncio":
+        try:
+            import uvloop
+        except ImportError as error:
+            if name == "uvloop":
+                remedy = 'install uvloop, or set it to "auto"'
+                raise ConfigError([Fault("trainer.loop", "uvloop is not installed", '"uvloop"', remedy)]) from error
+        else:
+            return uvloop.new_event_loop
+    return asyncio.new_event_loop
+
+
+async def _run(
+    config: Config,
+    resume: Resume,
+    callbacks: tuple[Callback, ...],
+    opened: Callable[[Run], Any] | None,
+    beside: Callable[[Run], Any] | None,
+) -> RunResult:
+    loop = asyncio.get_running_loop()
+    main = asyncio.current_task()
+    assert main is not None
+    outcome: Outcome | None
+    runs: list[Run] = []
+    received: list[signal.Signals] = []
+    received_at: list[float] = []
+    companions: list[asyncio.Task[None]] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        first = not received
+        if not first and loop.time() - received_at[0] < _ONE_INTERRUPT_S:
+            return
+        received.append(number)
+        received_at[:] = [loop.time()]
+        if runs and first:
+            logger.info("%s: finishing the open epoch, then a checkpoint", number.name)
+            runs[0].stop(f"stopped by {number.name}")
+            for companion in companions:
+                companion.cancel()
+        elif not runs or number is signal.SIGINT:
+            main.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal, number)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: runs[0].request_checkpoint() if runs else None)
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            run = await stack.enter_async_context(open_run(config, callbacks=callbacks, resume=resume))
+            runs.append(run)
+            stack.enter_context(log_to(RunFolder(run.folder, config.trainer.log_dir_name)))
+            if opened is not None:
+                opened(run)
+            if beside is not None:
+                async with asyncio.TaskGroup() as tasks:
+                    companions.append(tasks.create_task(beside(run), name="beside the run"))
+                run.stop("its console was left")
+            outcome = await run.wait()
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        main.uncancel()
+        outcome = runs[0].outcome if runs else None
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            loop.remove_signal_handler(number)
+    return RunResult(runs[0].folder if runs else Path(), outcome, received[0] if received else None)
