@@ -60,7 +60,7 @@ def check(config: Config, task: ReinforcementLearningTask | None = None, model: 
         info = preflight((task or build_task(config.task)).get_environment())
         if model is None:
             with torch.random.fork_rng(devices=()):
-                torch.manual_seed(trainer.seed)
+                torch.default_generator.manual_seed(trainer.seed)  # and not the host's GPU generators
                 model = build_model(config.model, info)
     except ConfigError as error:
         faults.extend(error.faults)

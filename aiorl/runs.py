@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from aiorl.config import to_toml, with_values
+from aiorl.compute.threads import in_thread
+from aiorl.config import with_values
 from aiorl.errors import AiorlError, ConfigError, Fault, first_cause
 from aiorl.session import Session
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from aiorl.config import Config
     from aiorl.environments.supervisor import Workers
     from aiorl.learning.optim import LRSchedulerFactory, OptimizerFactory
+    from aiorl.learning.snapshot import Contents
     from aiorl.learning.training import Training
     from aiorl.models.base import Model
     from aiorl.monitoring.metrics import EpochRecord
@@ -130,6 +132,8 @@ class Run:
         self._news = asyncio.Event()
         self._ended = asyncio.Event()
         self._last: EpochReport | None = None
+        self._original = config
+        self._failure: BaseException | None = None
         self._listeners: list[Callable[[EpochRecord], object]] = []
 
     # ------------------------------------------------------------------ watching
@@ -138,7 +142,7 @@ class Run:
         return self
 
     async def __anext__(self) -> EpochReport:
-        """The oldest report that nobody has read; waits for the next one. Ends with the run."""
+        """The oldest report that nobody has read; waits for the next one. Ends with the run, also where that failed: see `wait`."""
         while not self._reports:
             if self._ended.is_set():
                 raise StopAsyncIteration
@@ -147,9 +151,14 @@ class Run:
         return self._reports.popleft()
 
     async def wait(self) -> Outcome:
-        """Waits until the run has ended by itself or was stopped. Cancelling the wait leaves the run alone."""
+        """Waits until the run has ended by itself or was stopped. Cancelling the wait leaves the run alone.
+
+        Raises:
+            AiorlError: The run failed; its failure is the cause.
+        """
         await self._ended.wait()
-        assert self.outcome is not None
+        if self.outcome is None:
+            raise AiorlError(f"the run failed: {self._failure}") from self._failure
         return self.outcome
 
     def statistics(self) -> RunStatistics:
@@ -201,13 +210,15 @@ class Run:
             CheckpointError: It could not be written; the run goes on.
             AiorlError: The run has ended.
         """
-        if self._ended.is_set():
-            raise AiorlError("the run has ended; its last checkpoint is in its folder")
         return await self._training.save_checkpoint()
 
     def request_checkpoint(self) -> None:
         """Asks for a checkpoint at the next epoch end, without waiting for it."""
-        self._training.request_checkpoint()
+        _ = self._training.request_checkpoint()
+
+    def hurry(self) -> None:
+        """Closing does not wait for environments from now on: workers that do not come back at once are killed."""
+        self._workers.hurry()
 
     def stop(self, reason: str = "stopped") -> None:
         """Lets the epoch that is open be finished, within ``drain_timeout``, and ends the run with a checkpoint."""
@@ -241,6 +252,7 @@ class Run:
                 self._training.set_learning_rate(self.config.optimizer.lr)
             else:
                 self._training.reconfigure(self.config.trainer)
+        self._training.settings[path] = [self._configured(path), value]
         logger.info("%s is %r from now on", path, value)
 
     # ------------------------------------------------------------------ for open_run
@@ -251,10 +263,28 @@ class Run:
         for listener in self._listeners:
             listener(record)
 
-    def _end(self, outcome: Outcome) -> None:
-        self.outcome = outcome
+    def _end(self, training: asyncio.Task[Outcome]) -> None:
+        """The run is over, however it ended."""
+        if training.cancelled():
+            self._failure = AiorlError("the run was cancelled")
+        elif (failure := training.exception()) is not None:
+            self._failure = failure
+        else:
+            self.outcome = training.result()
         self._ended.set()
         self._news.set()
+
+    def _take_over(self, settings: Mapping[str, list[Any]]) -> None:
+        """Sets what an earlier part of this run had set, unless the configuration says something else by now."""
+        for path, (configured, value) in settings.items():
+            if path != "optimizer.lr" and self._configured(path) == configured:  # the schedule itself keeps the rate
+                self.set(path, value)
+
+    def _configured(self, path: str) -> Any:
+        value: Any = self._original
+        for step in path.split("."):
+            value = getattr(value, step, None)
+        return value
 
 
 _CHANGEABLE = frozenset(
@@ -319,20 +349,24 @@ async def open_run(
         AiorlError: Why the run failed; see `aiorl.errors`.
     """
     started_at = time.perf_counter()
-    preparation, trainers = await asyncio.to_thread(import_torch)
-    prepared = await asyncio.to_thread(preparation.prepare, config, task, model, optimizer, lr_scheduler, resume)
+    preparation, trainers = await in_thread(import_torch)
+    prepared = await in_thread(preparation.prepare, config, task, model, optimizer, lr_scheduler, resume)
     folder = prepared.folder
     with folder.lock():
-        restored = await asyncio.to_thread(preparation.restore, config, folder, resume)
+        restored: Contents | None = await in_thread(preparation.restore, config, folder, resume)
         ready: asyncio.Future[Run] = asyncio.get_running_loop().create_future()
 
         def start(training: Training, workers: Workers) -> None:
             run = Run(config, folder.path, training, workers)
             session.report = run._report
-            ready.set_result(run)
+            if restored is not None:
+                run._take_over(restored.extra.get("settings", {}))
+            if not ready.done():
+                ready.set_result(run)
 
         session = Session(folder, restored, tuple(callbacks), started_at, ready=start)
         trainer = trainers.ReinforcementLearningTrainer(config.trainer, link=config.link, logger=config.logger)
+        own: BaseException | None = None  # what the body raised
         try:
             async with asyncio.TaskGroup() as tasks:
                 training = tasks.create_task(
@@ -342,21 +376,22 @@ async def open_run(
                     name="aiorl run",
                 )
                 run = await ready
-                training.add_done_callback(
-                    lambda done: None if done.cancelled() or done.exception() else run._end(done.result())
-                )
+                training.add_done_callback(run._end)
                 try:
                     yield run
-                except BaseException:
+                except BaseException as error:
+                    if not isinstance(error, asyncio.CancelledError):
+                        own = error
                     training.cancel()
                     raise
                 run.stop("its context was left")
         except BaseExceptionGroup as group:
+            if own is not None:
+                raise own from own.__cause__
             cause = first_cause(group)
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr] # an outside cancellation that met a failure
+                raise asyncio.CancelledError from cause
             raise cause from cause.__cause__
-        finally:
-            if ready.done() and not ready.cancelled() and ready.result().config is not config:
-                folder.write_config(to_toml(ready.result().config))
 
 
 def _with_field(section: TaskConfig, name: str, value: Any) -> TaskConfig:

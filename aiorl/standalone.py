@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,6 +74,8 @@ def run(
     Raises:
         AiorlError: Why the run failed, first cause first.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is a run to checkpoint
     import_torch()  # before the loop starts: it would stall it
     with asyncio.Runner(loop_factory=_loop_factory(config.trainer.loop)) as runner:
         return runner.run(_run(config, resume, tuple(callbacks), opened, beside))
@@ -119,6 +122,8 @@ async def _run(
             for companion in companions:
                 companion.cancel()
         elif not runs or number is signal.SIGINT:
+            for run in runs:
+                run.hurry()
             main.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):

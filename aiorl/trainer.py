@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aiorl.compute.device import Placement, TorchSettings, faster_threads
+from aiorl.compute.threads import in_thread
 from aiorl.environments.config import LinkConfig
 from aiorl.environments.supervisor import open_workers
 from aiorl.errors import first_cause
@@ -86,6 +87,7 @@ class ReinforcementLearningTrainer:
     ) -> State:
         """Trains until one of the configured limits is met, and leaves a checkpoint.
 
+        The folder gets no ``config.toml``, since only ``[trainer]`` is known here: `aiorl.open_run` writes one, which ``eval`` wants.
         Touches neither signals nor logging nor the global random state of its host. Cancelling stops at once, closes everything and
         leaves no new checkpoint.
 
@@ -109,15 +111,13 @@ class ReinforcementLearningTrainer:
             raise ValueError(f"task must be a ReinforcementLearningTask, not {type(task).__name__}")
         config = self.config
         started_at = time.perf_counter()
-        folder = await asyncio.to_thread(
-            RunFolder.create, config.exp_dir, config.exp_name, log_dir_name=config.log_dir_name
-        )
+        folder = await in_thread(RunFolder.create, config.exp_dir, config.exp_name, log_dir_name=config.log_dir_name)
         with folder.lock():
-            await asyncio.to_thread(folder.write_provenance)
+            await in_thread(folder.write_provenance)
             restored = None
             if folder.holds_checkpoint:
                 store = CheckpointStore(folder.checkpoints, only_most_recent=True)
-                restored = (await asyncio.to_thread(store.load)).contents
+                restored = (await in_thread(store.load)).contents
             session = Session(folder, restored=restored, started_at=started_at)
             outcome = await self.run_session(session, model, task, optimizer, lr_scheduler)
         return outcome.state
@@ -135,12 +135,19 @@ class ReinforcementLearningTrainer:
         window = EpisodeWindow()
         training: list[Training] = []
         failure: BaseException | None = None
+        first: list[Exception] = []
         reason = ""
         try:
             async with asyncio.TaskGroup() as tasks:
-                reason = await self._run(tasks, session, training, state, window, model, task, optimizer, lr_scheduler)
+                try:
+                    reason = await self._run(
+                        tasks, session, training, state, window, model, task, optimizer, lr_scheduler
+                    )
+                except Exception as error:
+                    first.append(error)  # a task group would list it last
+                    raise
         except BaseExceptionGroup as group:
-            failure = first_cause(group)
+            failure = first_cause(BaseExceptionGroup("a run failed", [*first, *group.exceptions]))
             if asyncio.current_task().cancelling():  # type: ignore[union-attr] # an outside cancellation that met a failing child
                 logger.error("the run was cancelled while it failed: %s", failure)  # noqa: TRY400
                 raise asyncio.CancelledError from failure
@@ -157,8 +164,11 @@ class ReinforcementLearningTrainer:
                 wall_s,
                 training[0].given_up if training else 0,
             )
-            stopped = bool(training and training[0].stopped)
-            session.folder.write_summary(summary_of(outcome, failure, stopped=stopped))
+            summary = summary_of(outcome, failure, stopped=bool(training and training[0].stopped))
+            try:
+                await in_thread(session.folder.write_summary, summary)
+            except OSError as error:
+                logger.error("summary.json was not written: %s", error)  # noqa: TRY400 - the failure itself goes first
         return outcome
 
     async def _run(
@@ -180,7 +190,7 @@ class ReinforcementLearningTrainer:
         seed = config.seed
         env_seed = task.environment.env_seed
         building = tasks.create_task(
-            asyncio.to_thread(self._build, model, device, optimizer, lr_scheduler, restored), name="build"
+            in_thread(self._build, model, device, optimizer, lr_scheduler, restored), name="build"
         )
         async with contextlib.AsyncExitStack() as stack:
             workers = await stack.enter_async_context(
@@ -198,9 +208,7 @@ class ReinforcementLearningTrainer:
                 state.load_state_dict(restored.state)
                 window.load_state_dict(restored.extra["episodes"])
                 await hooks.call("on_after_load_checkpoint", state)
-            settings = TorchSettings(
-                num_threads=await asyncio.to_thread(self._num_threads, model, task, workers, device)
-            )
+            settings = TorchSettings(num_threads=await in_thread(self._num_threads, model, task, workers, device))
             place = await stack.enter_async_context(Placement("learning", settings))
             policy, infer = await self._acting(stack, model, task, device, settings, version=state.policy_version)
             group_rows = [group.num_envs for group in workers.groups]
@@ -251,7 +259,7 @@ class ReinforcementLearningTrainer:
             )
             system = await stack.enter_async_context(SystemStatistics(config, visible_devices=visible_devices()))
             buffers = Buffers()
-            await asyncio.to_thread(buffers.reserve, model.state_dict(), learning.state_dict())
+            await in_thread(buffers.reserve, model.state_dict(), learning.state_dict())
             training = Training(
                 Parts(
                     config=config,
@@ -348,7 +356,7 @@ class ReinforcementLearningTrainer:
     ) -> tuple[Policy, Callable[[Any], Any]]:
         """The policy that acts, and the batcher's inference: NumPy on the loop for the built-in MLP, else torch in its place."""
         optimal = self.config.sampling.optimal
-        acting = await asyncio.to_thread(build_acting, model, task, device)
+        acting = await in_thread(build_acting, model, task, device)
         policy = Policy(acting, optimal=optimal, version=version)
         if isinstance(acting, NumpyActing):
             return policy, policy.act

@@ -6,7 +6,6 @@ that a host application and a second run in the same process keep theirs.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -16,6 +15,8 @@ from statistics import median
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
+
+from aiorl.compute.threads import joined
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,21 +74,21 @@ class TorchSettings:
 
 
 class Placement:
-    """Runs one kind of computation on the loop while it is short, and on a thread of its own while it is long.
+    """Runs each kind of computation on the loop while it is short, and on one thread of its own while it is long.
 
-    The first calls run on the thread, where they cannot hold the loop up; when their median is known the place is fixed and logged.
+    A kind is a function. Its first calls run on the thread, where they cannot hold the loop up; when their median is known its place
+    is fixed and logged.
 
     Args:
         name: What it computes, for the log and the thread's name.
         settings: Applied around every call.
-        inline: True or False fixes the place at once; None measures.
     """
 
-    def __init__(self, name: str, settings: TorchSettings, *, inline: bool | None = None) -> None:
+    def __init__(self, name: str, settings: TorchSettings) -> None:
         self.name = name
         self._settings = settings
-        self._inline = inline
-        self._durations: list[float] = []
+        self._inline: dict[object, bool] = {}
+        self._durations: dict[object, list[float]] = {}
         self._executor: ThreadPoolExecutor | None = None
 
     async def __aenter__(self) -> Placement:
@@ -98,44 +99,36 @@ class Placement:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Joins the thread: nothing computes any more when this returns."""
-        self._close()
-
-    def _close(self) -> None:
         if self._executor is not None:
             self._executor.shutdown(wait=True)
-            self._executor = None
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Calls `function` in its place and returns what it returns.
 
         Cancelling waits until the call has ended, since nobody may touch what it works on before; then the cancellation goes on.
         """
-        if self._inline:
-            return self._timed(function, *args, **kwargs)
+        kind = getattr(function, "__func__", function)
+        if self._inline.get(kind):
+            with self._settings.applied():
+                return function(*args, **kwargs)
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"aiorl-{self.name}")
-        future = asyncio.wrap_future(self._executor.submit(partial(self._timed, function, *args, **kwargs)))
-        try:
-            result = await asyncio.shield(future)
-        except asyncio.CancelledError:
-            with contextlib.suppress(Exception):
-                while not future.done():
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.shield(future)
-            raise
-        if self._inline is None and len(self._durations) >= _WARM_UP_CALLS:
-            typical = median(self._durations[1:])
-            self._inline = typical <= LOOP_BUDGET_S
-            where = "on the event loop" if self._inline else "on a thread of its own"
-            logger.info("%s takes %.1f ms a call: it runs %s", self.name, 1000 * typical, where)
-            if self._inline:
-                self._close()
+        result, duration_s = await joined(self._executor.submit(partial(self._timed, function, *args, **kwargs)))
+        if kind not in self._inline:
+            durations = self._durations.setdefault(kind, [])
+            durations.append(duration_s)
+            if len(durations) == _WARM_UP_CALLS:
+                self._place(kind, median(durations[1:]))
         return result
 
-    def _timed(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def _place(self, kind: object, typical_s: float) -> None:
+        self._inline[kind] = typical_s <= LOOP_BUDGET_S
+        what = getattr(kind, "__name__", str(kind)).strip("_")
+        where = "on the event loop" if self._inline[kind] else "on a thread of its own"
+        logger.debug("%s: %s takes %.1f ms, and runs %s", self.name, what, 1000 * typical_s, where)
+
+    def _timed(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
         started = time.perf_counter()
         with self._settings.applied():
             result = function(*args, **kwargs)
-        if self._inline is None:
-            self._durations.append(time.perf_counter() - started)
-        return result
+        return result, time.perf_counter() - started

@@ -205,6 +205,10 @@ class LocalWorkers:
         """There is no link on which something could wait."""
         return True
 
+    def hurry(self) -> None:
+        """Closing waits for no awaitable environment from now on."""
+        self._env_cleanup_time = 0.0
+
     async def aclose(self) -> None:
         """Closes every environment; those that are awaitable are given ``env_cleanup_time`` seconds together."""
         try:

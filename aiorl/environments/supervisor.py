@@ -94,6 +94,9 @@ class Workers(Protocol):
     def link_idle(self) -> bool:
         """Whether no message of a worker waits to be received."""
 
+    def hurry(self) -> None:
+        """Closing waits for no environment from now on, also where it is under way."""
+
 
 @asynccontextmanager
 async def open_workers(
@@ -293,6 +296,13 @@ class RemoteWorkers:
     def link_idle(self) -> bool:
         """Whether no message waits to be received."""
         return self._link.is_idle
+
+    def hurry(self) -> None:
+        """Closing waits for nobody from now on, also where it is under way."""
+        self._env_cleanup_time = 0.0
+        if self._is_closing:
+            for _, host in self._workers.values():
+                host.kill()
 
     async def aclose(self) -> None:
         """Asks every worker to end, waits ``env_cleanup_time``, interrupts, kills; further calls do nothing."""

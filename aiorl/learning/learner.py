@@ -32,6 +32,7 @@ from aiorl.monitoring.metrics import WeightedMeans
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from numpy.typing import NDArray
     from torch import Tensor
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
@@ -78,7 +79,9 @@ class Update:
 class _Step:
     """A minibatch on its way through the train step."""
 
-    batch: dict[str, Tensor]
+    dataset: dict[str, Tensor]
+    rows: NDArray[np.int64]
+    batch: dict[str, Tensor] = field(default_factory=dict)
     output: Any = None
     losses: dict[str, Tensor] = field(default_factory=dict)
 
@@ -146,6 +149,8 @@ class Learner:
     def reconfigure(self, config: ReinforcementLearningTrainerConfig) -> None:
         """Goes by `config` from the next minibatch on."""
         self._config = config
+        if isinstance(self.scheduler, SampleSchedule):
+            self.scheduler.total_samples = config.total_samples or self.scheduler.total_samples
 
     async def learn(self, sealed: SealedEpoch, pool: PagePool) -> Update:
         """Learns from an epoch and gives its pages back.
@@ -156,6 +161,7 @@ class Learner:
             NonFiniteError: Too many steps in a row were not finite.
             NaNError: A parameter is not finite.
         """
+        await self._gate()
         self.held.clear()
         try:
             return await self._learn(sealed, pool)
@@ -222,7 +228,7 @@ class Learner:
                 break
             if hooks.overridden("on_step_start"):
                 await hooks.call("on_step_start", state)
-            losses, logged = await self._train_step(self._minibatch(dataset, rows))
+            losses, logged = await self._train_step(dataset, rows)
             for name, loss in logged.items():
                 value = _scalar(loss, rows=len(rows))
                 within.add(name, value, len(rows))
@@ -233,7 +239,7 @@ class Learner:
             await self._yield_to_acting()
         return within.compute()
 
-    def _minibatch(self, dataset: dict[str, Tensor], rows: Any) -> dict[str, Tensor]:
+    def _minibatch(self, dataset: dict[str, Tensor], rows: NDArray[np.int64]) -> dict[str, Tensor]:
         """R rows: those asked for with weight 1, then repetitions with weight 0."""
         size = max(self._static_rows, len(rows))
         weights = np.zeros(size, np.float32)
@@ -243,10 +249,12 @@ class Learner:
         batch["weights"] = torch.as_tensor(weights, device=self._device)
         return batch
 
-    async def _train_step(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
+    async def _train_step(
+        self, dataset: dict[str, Tensor], rows: NDArray[np.int64]
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Forward, loss, backward, step. Returns the loss, and what the task logged."""
         call, hooks, state = self._placement.call, self._hooks, self._state
-        step = _Step(batch)
+        step = _Step(dataset, rows)
         if any(
             hooks.overridden(name)
             for name in ("on_before_forward_step", "on_after_forward_step", "on_after_compute_loss")
@@ -258,15 +266,16 @@ class Learner:
             await hooks.call("on_after_compute_loss", state)
             loss = await call(self._backward, step)
         else:
-            loss = await call(self._whole, step)
+            loss = await call(self._minibatch_step, step)
         return loss, self._task.take_logged()
 
-    def _whole(self, step: _Step) -> Tensor:
+    def _minibatch_step(self, step: _Step) -> Tensor:
         self._forward(step)
         self._losses(step)
         return self._backward(step)
 
     def _forward(self, step: _Step) -> None:
+        step.batch = self._minibatch(step.dataset, step.rows)
         step.output = self._task.run_model(self.model, step.batch, self._state)
 
     def _losses(self, step: _Step) -> None:
@@ -348,9 +357,11 @@ class Learner:
     async def _gate(self) -> None:
         """Holds the update back while the run is paused."""
         if not self.running.is_set():
+            was_held = self.held.is_set()
             self.held.set()
             await self.running.wait()
-            self.held.clear()
+            if not was_held:
+                self.held.clear()
 
     async def _yield_to_acting(self) -> None:
         """Lets the loop turn until nothing waits to be acted on; at most 8 turns."""

@@ -2,7 +2,8 @@
 
 How the learner drives a schedule: after each optimizer step that was taken, and after none that was skipped, it calls
 ``scheduler.step()``. A `SampleSchedule`, which all built-in schedules are, is a function of the environment
-transitions taken instead of a count of steps, so the learner sets its ``num_samples`` before that call.
+transitions taken instead of a count of steps: the learner sets its ``num_samples`` and steps it once an epoch, before
+the epoch's first optimizer step.
 """
 
 from __future__ import annotations

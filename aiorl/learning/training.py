@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aiorl.errors import ChannelClosed, CheckpointError
+from aiorl.errors import AiorlError, ChannelClosed, CheckpointError
 from aiorl.learning.optim import set_learning_rate
 from aiorl.learning.snapshot import Contents
 from aiorl.monitoring.metrics import EpisodeWindow, EpochRecord
@@ -80,6 +80,7 @@ class Training:
     Attributes:
         parts: What it works with.
         given_up: Kept transitions of an epoch that was given up when the run was stopped.
+        settings: What was changed while it ran: by TOML path, the value as configured and the one that was set. Part of checkpoints.
         last_step_at: ``time.perf_counter()`` after the last optimizer step.
     """
 
@@ -87,14 +88,17 @@ class Training:
         self.given_up = 0
         self.last_step_at = time.perf_counter()
         self.parts = parts
+        self.settings: dict[str, list[Any]] = {}
         self._tasks = tasks
         self._report = report
         self._stop_reason: str | None = None
+        self._reason: str | None = None  # why it ends, once that is certain
         self._give_up: asyncio.TimerHandle | None = None
+        self._torn = False  # the last update was given up midway
         self._wanted: list[asyncio.Future[Path]] = []
-        self._save: asyncio.Task[None] | None = None
+        self._saves: set[asyncio.Task[None]] = set()
         self._failure: CheckpointError | None = None  # of the last save
-        self._between_epochs = True
+        self._epoch_lock = asyncio.Lock()  # held from an epoch's update to its end, and while a checkpoint is copied
         self._num_checkpoint_steps = parts.state.num_steps
         self._checkpointed_at = time.monotonic()
         self._started_at = time.monotonic()
@@ -115,18 +119,19 @@ class Training:
         parts = self.parts
         try:
             await parts.hooks.call("on_training_start", parts.state)
-            reason = self._limit() or await self._learn()
-            self.parts.rollout.finish()
-            self.given_up = parts.rollout.unsealed_rows()
-            await self._checkpoint(exact=parts.state.num_epochs == parts.policy.published)
+            self._reason = self._limit() or await self._learn()
+            parts.rollout.finish()
+            self.given_up = parts.rollout.unlearned_rows()
+            async with self._epoch_lock:
+                self._save(await self._copy())
             await self._saved()
             await parts.hooks.call("on_training_end", parts.state)
-            return reason
+            return self._reason
         finally:
+            self._reason = self._reason or "failed"
             if self._give_up is not None:
                 self._give_up.cancel()
-            for future in self._wanted:
-                future.cancel()
+            _fail(self._wanted)
 
     async def _learn(self) -> str:
         while True:
@@ -134,23 +139,20 @@ class Training:
                 sealed = await self.parts.channel.get()
             except ChannelClosed:
                 return self._stop_reason or "stopped"
-            self._between_epochs = False
-            complete = await self._epoch(sealed)
-            self._between_epochs = True
-            if not complete:
-                return self._stop_reason or "stopped"
-            if reason := self._limit():
+            async with self._epoch_lock:
+                reason = await self._epoch(sealed)
+            if reason is not None:
                 return reason
 
-    async def _epoch(self, sealed: SealedEpoch) -> bool:
-        """Learns one epoch. Returns False where the update was told to stop before its end."""
+    async def _epoch(self, sealed: SealedEpoch) -> str | None:
+        """Learns one epoch. Returns why the run ends with it, or None."""
         parts, state = self.parts, self.parts.state
         await parts.hooks.call("on_epoch_start", state)
         update = await parts.learner.learn(sealed, parts.rollout.pool)
         self.last_step_at = time.perf_counter()
         for episode_return, length in zip(sealed.returns, sealed.lengths, strict=True):
             parts.window.add(episode_return, length)
-        state.num_epochs = sealed.epoch
+        state.num_epochs = state.policy_version = sealed.epoch
         state.num_samples += sealed.num_transitions
         state.num_episodes += len(sealed.returns)
         state.elapsed_time_s = self._elapsed_before_s + time.monotonic() - self._started_at
@@ -161,20 +163,24 @@ class Training:
             max_samples=limits.max_samples,
             max_seconds=limits.max_seconds,
         )
-        if not update.complete:
-            return False
-        state.policy_version = sealed.epoch
-        await parts.placement.call(parts.policy.publish, sealed.epoch)
+        self._torn = not update.complete
+        if self._torn:
+            return self._stop_reason or "stopped"
+        parts.policy.publish(sealed.epoch, await parts.placement.call(parts.policy.snapshot))
         await parts.hooks.call("on_epoch_end", state)
-        over = self._limit() is not None
-        if not over:
+        reason = self._limit()
+        if reason is None:
             parts.rollout.learned(sealed.epoch)
-        checkpoint_s = await self._checkpoint_if_due()
+        started = time.perf_counter()
+        snapshot = await self._copy() if self._due() else None
+        checkpoint_s = time.perf_counter() - started if snapshot is not None else None
         record = self._record(sealed, update, checkpoint_s)
         await parts.recorder.record(record)
+        if snapshot is not None:
+            self._save(snapshot)  # after the record, so that metrics.jsonl reaches at least as far
         self._report(record)
         state.num_epoch_steps = 0
-        return True
+        return reason
 
     def _limit(self) -> str | None:
         """The first limit that is met, in words."""
@@ -247,31 +253,28 @@ class Training:
             or (seconds is not None and time.monotonic() - self._checkpointed_at >= seconds)
         )
 
-    async def _checkpoint_if_due(self) -> float | None:
-        """Seconds that a checkpoint held the learner up, or None where none was due."""
-        if not self._due():
-            return None
-        started = time.perf_counter()
-        await self._checkpoint()
-        return time.perf_counter() - started
-
-    async def _checkpoint(self, *, exact: bool = True) -> None:
-        """Copies what a checkpoint holds, and has it written beside training."""
+    async def _copy(self) -> Snapshot:
+        """Copies what a checkpoint holds. The learner waits where the one before is still being written."""
         parts = self.parts
-        steps = self.parts.config.checkpoint.save_every_n_steps
+        steps = parts.config.checkpoint.save_every_n_steps
         if steps is not None:
             self._num_checkpoint_steps = parts.state.num_steps // steps * steps
         self._checkpointed_at = time.monotonic()
         await parts.buffers.acquire()
         try:
-            snapshot = await parts.placement.call(parts.buffers.copy, self._contents(exact=exact))
+            return await parts.placement.call(parts.buffers.copy, self._contents())
         except BaseException:
             parts.buffers.give_up()
             raise
-        wanted, self._wanted = self._wanted, []
-        self._save = self._tasks.create_task(self._write(snapshot, wanted), name="checkpoint")
 
-    def _contents(self, *, exact: bool) -> Contents:
+    def _save(self, snapshot: Snapshot) -> None:
+        """Has a snapshot written beside training, for everybody who asked until now."""
+        wanted, self._wanted = self._wanted, []
+        save = self._tasks.create_task(self._write(snapshot, wanted), name="checkpoint")
+        self._saves.add(save)
+        save.add_done_callback(self._saves.discard)
+
+    def _contents(self) -> Contents:
         parts = self.parts
         learner = parts.learner
         return Contents(
@@ -283,51 +286,60 @@ class Training:
                 "episodes": parts.window.state_dict(),
                 "noise_counts": torch.from_numpy(parts.rollout.noise_counts()),
                 "incarnation": parts.incarnation,
+                "settings": self.settings,
             },
-            exact=exact,
+            exact=not self._torn,
         )
 
     async def _write(self, snapshot: Snapshot, wanted: list[asyncio.Future[Path]]) -> None:
-        """Writes a snapshot off the loop. What fails is logged, tried again at the next checkpoint, and told to who asked."""
+        """Writes a snapshot off the loop. What fails is logged, told to who asked, and tried again at the next checkpoint."""
         parts = self.parts
         try:
-            await parts.recorder.flush()  # the lines of metrics.jsonl reach at least as far as the checkpoint
+            await parts.recorder.flush()
             path = await parts.store.save(snapshot)
         except CheckpointError as error:
-            logger.error("no checkpoint was written, training goes on: %s", error)  # noqa: TRY400 - the cause is in the message
+            logger.error("no checkpoint was written, training goes on: %s", error)  # noqa: TRY400 - it says its cause
             self._failure = error
+            _fail(wanted, error)
+        else:
+            self._failure = None
+            logger.info("checkpoint written: %s", path)
             for future in wanted:
                 if not future.done():
-                    future.set_exception(error)
-            return
+                    future.set_result(path)
+            await parts.hooks.call("on_after_save_checkpoint", parts.state)
         finally:
             snapshot.release()
-        self._failure = None
-        logger.info("checkpoint written: %s", path)
-        for future in wanted:
-            if not future.done():
-                future.set_result(path)
-        await parts.hooks.call("on_after_save_checkpoint", parts.state)
+            _fail(wanted)
 
     async def _saved(self) -> None:
-        """Waits for the save that is under way, and raises where it failed."""
-        if self._save is not None:
-            await self._save
-            if self._failure is not None:
-                raise self._failure
+        """Waits for the saves that are under way, and raises where the last one failed."""
+        if self._saves:
+            await asyncio.wait(self._saves)
+        if self._failure is not None:
+            raise self._failure
+
+    async def _save_between_epochs(self) -> None:
+        """A checkpoint for who asked during a pause: at once, or, where the pause holds an update, at that epoch's end."""
+        async with self._epoch_lock:
+            if self._wanted and self._reason is None:
+                self._save(await self._copy())
 
     # ------------------------------------------------------------------ requests, on the loop
     @property
     def stopped(self) -> bool:
-        """Whether `stop` was called."""
-        return self._stop_reason is not None
+        """Whether the run ends, or ended, because `stop` was called."""
+        return self._stop_reason is not None and self._reason in (None, self._stop_reason)
 
     def stop(self, reason: str) -> None:
-        """Finishes the epoch that is sampled, within ``drain_timeout``, learns it, checkpoints and ends. Idempotent."""
-        if self._stop_reason is not None:
+        """Finishes the epoch that is sampled, within ``drain_timeout``, learns it, checkpoints and ends.
+
+        Idempotent; nothing happens once the run is ending by itself.
+        """
+        if self._stop_reason is not None or self._reason is not None:
             return
         self._stop_reason = reason
-        self.resume()
+        self._go_on()
         self.parts.rollout.finish()
         self._give_up = asyncio.get_running_loop().call_later(self.parts.config.drain_timeout, self._abandon)
 
@@ -347,13 +359,21 @@ class Training:
         self.parts.learner.reconfigure(config)
 
     async def pause(self) -> None:
-        """Holds sampling and learning; returns when no step is outstanding and no minibatch computes."""
+        """Holds sampling and learning; returns when no step is outstanding and no minibatch computes.
+
+        Nothing is held once the run is ending.
+        """
+        if self._stop_reason is not None or self._reason is not None:
+            return
         self.parts.learner.running.clear()
         await self.parts.rollout.pause()
         await self.parts.learner.held.wait()
 
     def resume(self) -> None:
         """Goes on after a pause."""
+        self._go_on()
+
+    def _go_on(self) -> None:
         self.parts.learner.running.set()
         self.parts.rollout.resume()
 
@@ -362,15 +382,25 @@ class Training:
 
         Raises:
             CheckpointError: It could not be written.
+            AiorlError: The run ended before.
         """
-        future: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
-        self._wanted.append(future)
-        if self._between_epochs and self.parts.rollout.ledger.paused:
-            await self._checkpoint()
-        return await asyncio.shield(future)
+        return await asyncio.shield(self.request_checkpoint())
 
-    def request_checkpoint(self) -> None:
-        """A checkpoint at the next epoch end, without waiting for it."""
+    def request_checkpoint(self) -> asyncio.Future[Path]:
+        """`save_checkpoint` without waiting."""
         future: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._wanted.append(future)
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody need ask what became of it
+        if self._reason is not None:
+            _fail([future])
+        else:
+            self._wanted.append(future)
+            if self.parts.rollout.ledger.paused:
+                self._tasks.create_task(self._save_between_epochs(), name="checkpoint of a paused run")
+        return future
+
+
+def _fail(futures: list[asyncio.Future[Path]], error: CheckpointError | None = None) -> None:
+    """Tells who still waits for a checkpoint that there will be none."""
+    for future in futures:
+        if not future.done():
+            future.set_exception(error or AiorlError("the run ended before the checkpoint was written"))

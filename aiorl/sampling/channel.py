@@ -128,6 +128,10 @@ class Channel(Generic[T]):
         _wake_one(self._putters)
         return item
 
+    def items(self) -> tuple[T, ...]:
+        """What is in the channel now, the oldest first."""
+        return tuple(self._items)
+
     def close(self) -> None:
         """Ends the channel: all that wait are woken, readers still get what is left in it. Idempotent."""
         self._closed = True

@@ -200,9 +200,13 @@ class Policy:
         self._optimal = optimal
         self._newest: Any = None
 
-    def publish(self, version: int) -> None:
-        """Copies the learner's weights as `version`. Called by the learner, between updates."""
-        self._newest = self._acting.snapshot()
+    def snapshot(self) -> Any:
+        """Copies the learner's weights, in whatever thread, between updates."""
+        return self._acting.snapshot()
+
+    def publish(self, version: int, weights: Any) -> None:
+        """Makes `weights`, a `snapshot`, the newest version. On the loop, as `activate`, so that the two never meet."""
+        self._newest = weights
         self.published = version
 
     def activate(self) -> None:

@@ -126,6 +126,7 @@ class Rollout:
         self._channel = channel
         self._epoch_is_over = epoch_is_over
         self._finishing = False
+        self._ended = False
         self._window = _Window()
         self._opened_at: dict[int, float] = {}
         self._timer: asyncio.Handle | None = None
@@ -178,6 +179,8 @@ class Rollout:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
+            self._ended = True
+            self._quiet.set()
 
     async def _drive(self, member: _Member) -> None:
         """Steps one group for as long as grants come.
@@ -284,6 +287,7 @@ class Rollout:
             segments,
             window.returns,
             window.lengths,
+            sealed.num_rows,
             sealed.num_dropped,
             sealed.num_late,
             sum(segment.num_ticks for segment in segments),
@@ -303,7 +307,7 @@ class Rollout:
     async def pause(self) -> None:
         """Holds grants back and returns when nothing but late steps is outstanding, or when resumed before. Cancelling leaves it paused."""
         self.ledger.pause()
-        while self.ledger.paused and self.ledger.num_outstanding:
+        while self.ledger.paused and self.ledger.num_outstanding and not self._ended:
             self._quiet.clear()
             await self._quiet.wait()
 
@@ -334,6 +338,6 @@ class Rollout:
         ordered = sorted(self._members.values(), key=lambda member: member.group.first_env)
         return np.concatenate([member.noise.counts for member in ordered])
 
-    def unsealed_rows(self) -> int:
-        """Rows that landed in epochs which are not sealed."""
-        return self.ledger.unsealed_rows
+    def unlearned_rows(self) -> int:
+        """Kept rows that nobody has taken to learn from: of epochs that are not sealed, and of those in the channel."""
+        return self.ledger.unsealed_rows + sum(epoch.num_rows for epoch in self._channel.items())

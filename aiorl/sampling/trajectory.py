@@ -176,6 +176,7 @@ class SealedEpoch:
         segments: Each group's share, in the order of their environments.
         returns: Returns of the episodes that ended in it.
         lengths: Their lengths in transitions.
+        num_rows: Transitions kept.
         num_dropped: Transitions dropped because their episode was too short.
         num_late: Kept transitions whose step was late.
         num_ticks: Steps of whole groups.
@@ -186,6 +187,7 @@ class SealedEpoch:
     segments: Sequence[Segment]
     returns: list[float]
     lengths: list[int]
+    num_rows: int
     num_dropped: int
     num_late: int
     num_ticks: int

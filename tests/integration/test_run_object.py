@@ -81,10 +81,12 @@ async def test_leaving_the_context_finishes_the_epoch_and_leaves_a_checkpoint(tm
 
 
 async def test_leaving_with_an_exception_ends_at_once(tmp_path: Path) -> None:
+    """Without draining, for which there would be an hour."""
     with pytest.raises(ZeroDivisionError):
-        async with aiorl.open_run(_config(tmp_path)) as run:
-            await anext(run)
-            raise ZeroDivisionError
+        async with aiorl.open_run(
+            _config(tmp_path, "trainer.drain_timeout=3600.0", "trainer.sampling.num_epoch_samples=100000")
+        ) as run:
+            raise ZeroDivisionError(run.statistics().status)
     assert summary(tmp_path)["status"] == "stopped"
 
 
@@ -125,6 +127,145 @@ async def test_a_pause_holds_everything_and_a_resume_goes_on(tmp_path: Path) -> 
         assert run.statistics().status == "running"
 
 
+async def test_a_save_whose_caller_was_cancelled_wedges_nothing(tmp_path: Path) -> None:
+    async with aiorl.open_run(_config(tmp_path)) as run:
+        await anext(run)
+        await run.pause()
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0):
+                    await run.save_checkpoint()
+        assert (await run.save_checkpoint()).exists()
+        await run.resume()
+        assert (await run.save_checkpoint()).exists()
+        await anext(run)
+    loaded = CheckpointStore(tmp_path / "checkpoints", only_most_recent=True).load().contents
+    assert loaded.exact
+    assert loaded.state["num_steps"] == 2 * loaded.state["num_epochs"]
+
+
+async def test_saves_and_pauses_of_a_run_that_has_ended_do_not_hang(tmp_path: Path) -> None:
+    async with aiorl.open_run(_config(tmp_path, "trainer.max_epochs=2")) as run:
+        await run.wait()
+        with pytest.raises(aiorl.AiorlError, match="ended"):
+            await run.save_checkpoint()
+        await run.pause()
+        run.stop("too late")
+        assert run.statistics().status == "ended"
+    told = summary(tmp_path)
+    assert told["status"] == "finished"
+    assert "max_epochs" in told["reason"]
+
+
+async def test_a_limit_that_is_raised_at_the_last_moment_is_followed(tmp_path: Path) -> None:
+    """Whether the run is over is decided once for each epoch, however late the limits change."""
+    async with aiorl.open_run(_config(tmp_path, "trainer.max_epochs=2")) as run:
+        run.add_listener(lambda record: run.set("trainer.max_epochs", 4) if record.epoch == 2 else None)
+        outcome = await run.wait()
+    assert outcome.state.num_epochs in (2, 4)
+
+
+async def test_others_learn_of_a_failure_too(tmp_path: Path) -> None:
+    """A task of the host beside the body, which is all that a failing run cancels."""
+    reports: list[int] = []
+    opened: asyncio.Future[aiorl.Run] = asyncio.get_running_loop().create_future()
+
+    async def watch() -> None:
+        run = await opened
+        with pytest.raises(aiorl.AiorlError, match="the chain broke in step"):
+            await run.wait()
+        reports.extend([report.epoch async for report in run])
+
+    config = _config(tmp_path, CHAIN, 'task.environment.kwargs={raise_in="step", after=200}')
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(watch())
+        with pytest.raises(EnvironmentRaised):
+            async with aiorl.open_run(config) as run:
+                opened.set_result(run)
+                await asyncio.get_running_loop().create_future()
+    assert reports == list(range(1, len(reports) + 1))
+
+
+async def test_the_body_keeps_its_own_exception_group(tmp_path: Path) -> None:
+    with pytest.raises(ExceptionGroup, match="mine") as caught:
+        async with aiorl.open_run(_config(tmp_path)) as run:
+            await anext(run)
+            raise ExceptionGroup("mine", [ValueError("one"), KeyError("two")])
+    assert [type(error) for error in caught.value.exceptions] == [ValueError, KeyError]
+
+
+class Breaking(aiorl.Callback):
+    """Raises in one hook."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self._break)
+
+    def _break(self, state: aiorl.State) -> None:
+        raise ZeroDivisionError(f"after {state.num_epochs} epochs")
+
+
+@pytest.mark.parametrize("hook", ["on_training_start", "on_epoch_end", "on_after_compute_loss", "on_training_end"])
+async def test_what_a_hook_raises_is_what_ends_the_run(tmp_path: Path, hook: str) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with aiorl.open_run(_config(tmp_path, "trainer.max_epochs=2"), callbacks=[Breaking(hook)]) as run:
+            await run.wait()
+    assert summary(tmp_path)["status"] == "failed"
+    assert not psutil.Process().children()
+
+
+async def test_hooks_are_called_in_their_order(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Noting(aiorl.Callback):
+        async def on_training_start(self, state: aiorl.State) -> None:
+            calls.append("start")
+
+        def on_epoch_start(self, state: aiorl.State) -> None:
+            calls.append("epoch")
+
+        def on_step_end(self, state: aiorl.State) -> None:
+            calls.append("step")
+
+        async def on_epoch_end(self, state: aiorl.State) -> None:
+            calls.append(f"end {state.num_epochs}")
+
+        def on_after_save_checkpoint(self, state: aiorl.State) -> None:
+            calls.append("saved")
+
+        def on_training_end(self, state: aiorl.State) -> None:
+            calls.append("over")
+
+    async with aiorl.open_run(_config(tmp_path, "trainer.max_epochs=2"), callbacks=[Noting()]) as run:
+        await run.wait()
+    epoch = ["epoch", "step", "step"]
+    assert calls == ["start", *epoch, "end 1", *epoch, "end 2", "saved", "over"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        ("trainer.max_steps=3", "max_steps = 3"),
+        ("trainer.max_samples=300", "max_samples = 300"),
+        ("trainer.max_seconds=0.01", "max_seconds"),
+    ],
+)
+async def test_limits_end_the_run_at_an_epoch_end(tmp_path: Path, limit: str, reason: str) -> None:
+    async with aiorl.open_run(_config(tmp_path, limit)) as run:
+        outcome = await run.wait()
+    assert reason in outcome.reason
+    assert outcome.state.num_samples == 256 * outcome.state.num_epochs
+
+
+async def test_the_target_return_counts_once_there_are_a_hundred_episodes(tmp_path: Path) -> None:
+    """Each episode of the chain returns 10, from the first one on."""
+    async with aiorl.open_run(_config(tmp_path, CHAIN, "trainer.target_return=10.0")) as run:
+        reports = [report async for report in run]
+        outcome = await run.wait()
+    assert "target_return" in outcome.reason
+    assert [report.episodes >= 100 for report in reports] == [False] * (len(reports) - 1) + [True]
+    assert reports[0].episode_return_mean == 10.0
+
+
 async def test_a_checkpoint_can_be_asked_for(tmp_path: Path) -> None:
     async with aiorl.open_run(_config(tmp_path)) as run:
         path = await run.save_checkpoint()
@@ -149,7 +290,14 @@ async def test_settings_change_while_it_runs(tmp_path: Path) -> None:
         run.set("trainer.max_epochs", report.epoch + 2)
         outcome = await run.wait()
         assert "max_epochs" in outcome.reason
-    assert aiorl.load_config(tmp_path / "config.toml").optimizer.lr == 1e-4
+    before = aiorl.load_config(tmp_path / "config.toml")
+    assert before.optimizer.lr == 1e-3  # as configured, so that the same command resumes it
+    async with aiorl.open_run(_config(tmp_path, f"trainer.max_epochs={report.epoch + 4}")) as run:
+        again = await anext(run)
+        assert again.epoch == report.epoch + 3
+        assert again.metrics["learner/lr"] == pytest.approx(1e-4)
+        assert getattr(run.config.task, "ent_coef") == 0.0  # noqa: B009 - a task's section need not have it
+        assert (await run.wait()).state.num_epochs == report.epoch + 4
 
 
 async def test_the_host_keeps_its_settings(tmp_path: Path) -> None:

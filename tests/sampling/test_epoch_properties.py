@@ -385,7 +385,17 @@ class World:
         self.num_dropped_sealed += sealed.num_dropped
         self.num_rows[sealed.epoch] = sealed.num_rows
         self.sealed.append(
-            SealedEpoch(sealed.epoch, segments, [], [], sealed.num_dropped, sealed.num_late, len(steps), self.now)
+            SealedEpoch(
+                sealed.epoch,
+                segments,
+                [],
+                [],
+                sealed.num_rows,
+                sealed.num_dropped,
+                sealed.num_late,
+                len(steps),
+                self.now,
+            )
         )
         assert len(self.sealed) + self.learning <= scenario.max_policy_lag + 1, "room in the channel"
         self.learn()

@@ -202,7 +202,7 @@ def test_weights_and_version_change_only_by_activating(back_end: Any, optimal: b
     with torch.no_grad():
         model.policy_head.bias.add_(torch.arange(5.0))  # the learner's weights move under it
     assert log_probs() == first
-    policy.publish(5)
+    policy.publish(5, policy.snapshot())
     assert (policy.version, policy.published) == (4, 5)
     assert log_probs() == first
     with torch.no_grad():
@@ -211,8 +211,8 @@ def test_weights_and_version_change_only_by_activating(back_end: Any, optimal: b
     second = log_probs()
     assert second[1] == policy.version == 5
     assert second[0] != first[0]
-    policy.publish(6)
-    policy.publish(7)
+    policy.publish(6, policy.snapshot())
+    policy.publish(7, policy.snapshot())
     policy.activate()
     third = log_probs()
     assert third[1] == 7
@@ -230,7 +230,7 @@ def test_a_shared_trunk_is_published_whole() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
-    policy.publish(1)
+    policy.publish(1, policy.snapshot())
     policy.activate()
     observations = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
     _, log_probs, _ = policy.act((observations, np.zeros(20)))

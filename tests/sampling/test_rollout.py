@@ -150,7 +150,7 @@ class Sampling:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.mul_(0.999)
-        self.policy.publish(epoch)
+        self.policy.publish(epoch, self.policy.snapshot())
         self.rollout.learned(epoch)
 
 
@@ -541,7 +541,7 @@ async def test_finishing_closes_the_channel_after_the_open_epochs(lag: int) -> N
         with pytest.raises(ChannelClosed):
             await found.sealed()
         assert found.rollout.ledger.num_opened == num_epochs
-        assert found.rollout.unsealed_rows() == 0
+        assert found.rollout.unlearned_rows() == 0
 
 
 async def test_finishing_between_epochs_closes_the_channel_at_once() -> None:

@@ -306,7 +306,7 @@ def seal_and_compare(pairs: list[Pair], pool: PagePool, rng: np.random.Generator
         segment, own = pair.seal(boundary)
         segments.append(segment)
         trajectories += own
-    sealed = SealedEpoch(1, segments, [], [], 0, 0, 0, 0.0)
+    sealed = SealedEpoch(1, segments, [], [], 0, 0, 0, 0, 0.0)
     if trajectories:  # an epoch has rows
         batch = sealed.gather()
         assert all(len(rows) <= pairs[0].environments[0].maximum for _, rows in trajectories)
@@ -392,7 +392,7 @@ def test_releasing_without_gathering_gives_the_pages_back() -> None:
         pair.write()
         pair.land()
     segment, _ = pair.seal(4)
-    sealed = SealedEpoch(1, [segment], [], [], 0, 0, 4, 0.0)
+    sealed = SealedEpoch(1, [segment], [], [], 12, 0, 0, 4, 0.0)
     assert sealed.num_transitions == 12
     assert sealed.num_carried == 0
     assert pool.num_used == 2
