@@ -302,7 +302,7 @@ def _tell_outcome(result: RunResult, resuming: str) -> None:
         print("stopped at once")
         return
     state = outcome.state
-    rate = state.num_samples / outcome.wall_s if outcome.wall_s > 0 else 0.0
+    rate = outcome.num_new_samples / outcome.wall_s if outcome.wall_s > 0 else 0.0
     mean = outcome.episode_return_mean
     print(
         f"ended, {outcome.reason}: {state.num_samples} samples in {outcome.wall_s:.1f} s ({rate:.0f} per second), "

@@ -193,7 +193,7 @@ class Run:
 
     # ------------------------------------------------------------------ steering
     async def pause(self) -> None:
-        """Holds sampling and learning. Returns when no step is outstanding and no minibatch computes."""
+        """Holds sampling and learning. Returns when no step is outstanding and the update that was under way is done."""
         await self._training.pause()
 
     async def resume(self) -> None:
@@ -235,7 +235,10 @@ class Run:
         Raises:
             ConfigError: There is no such setting, it cannot be changed in a run that goes on, or the value is wrong. Nothing
                 is changed then.
+            AiorlError: The run has ended.
         """
+        if self._ended.is_set():
+            raise AiorlError(f"{path} cannot be changed: the run has ended")
         if not _changeable(path):
             remedy = "stop the run, and resume it with the other value"
             raise ConfigError([Fault(path, "cannot be changed while a run goes on", repr(value), remedy, "Run.set")])

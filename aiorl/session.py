@@ -49,6 +49,7 @@ class Outcome:
         episode_return_mean: Over the last 100 episodes; None before the first.
         wall_s: Seconds from `Session.started_at` to the last optimizer step.
         given_up: Kept transitions that were not learned, because the run was stopped.
+        num_new_samples: Environment transitions since it was started, or resumed.
     """
 
     state: State
@@ -56,6 +57,7 @@ class Outcome:
     episode_return_mean: float | None
     wall_s: float
     given_up: int
+    num_new_samples: int
 
 
 def summary_of(outcome: Outcome, failure: BaseException | None, *, stopped: bool) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def summary_of(outcome: Outcome, failure: BaseException | None, *, stopped: bool
         "num_steps": state.num_steps,
         "episode_return_mean": outcome.episode_return_mean,
         "wall_s": outcome.wall_s,
-        "samples_per_s": state.num_samples / outcome.wall_s if outcome.wall_s > 0 else None,
+        "samples_per_s": outcome.num_new_samples / outcome.wall_s if outcome.wall_s > 0 else None,
         "given_up_samples": outcome.given_up,
         "error": None if not failed else f"{type(failure).__name__}: {failure}",
     }

@@ -136,6 +136,7 @@ class ReinforcementLearningTrainer:
         training: list[Training] = []
         failure: BaseException | None = None
         first: list[Exception] = []
+        num_before = int(session.restored.state["num_samples"]) if session.restored is not None else 0
         reason = ""
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -163,6 +164,7 @@ class ReinforcementLearningTrainer:
                 window.return_mean if window.num_episodes else None,
                 wall_s,
                 training[0].given_up if training else 0,
+                max(0, state.num_samples - num_before),
             )
             summary = summary_of(outcome, failure, stopped=bool(training and training[0].stopped))
             try:

@@ -4,7 +4,7 @@
 
 | loop      | consumes         | waits for                                         | ends when                               |
 |-----------|------------------|---------------------------------------------------|-----------------------------------------|
-| an update | one sealed epoch | computations, hooks, a pause, acting to be quiet  | every pass is done, or the task says so |
+| an update | one sealed epoch | computations, hooks, acting to be quiet           | every pass is done, or the task says so |
 
 An update is always M = max(1, round(num_epoch_samples / minibatch_size)) minibatches of nearly equal size per pass,
 padded to one static number of rows with weight 0.
@@ -121,8 +121,6 @@ class Learner:
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.running = asyncio.Event()  # cleared by a pause
-        self.running.set()
         self._task = task
         self._config = config
         self._state = state
@@ -138,13 +136,10 @@ class Learner:
         self._num_skipped = 0
         self._norms: list[Tensor] = []
         self._stopping = False
-        self.held = asyncio.Event()  # set while no update computes: there is none, or a pause holds it back
-        self.held.set()
 
     def stop(self) -> None:
         """Ends the update that is under way after its current minibatch."""
         self._stopping = True
-        self.running.set()
 
     def reconfigure(self, config: ReinforcementLearningTrainerConfig) -> None:
         """Goes by `config` from the next minibatch on."""
@@ -161,14 +156,6 @@ class Learner:
             NonFiniteError: Too many steps in a row were not finite.
             NaNError: A parameter is not finite.
         """
-        await self._gate()
-        self.held.clear()
-        try:
-            return await self._learn(sealed, pool)
-        finally:
-            self.held.set()
-
-    async def _learn(self, sealed: SealedEpoch, pool: PagePool) -> Update:
         state, task = self._state, self._task
         started = time.perf_counter()
         try:
@@ -223,7 +210,6 @@ class Learner:
         for rows in np.array_split(order, self._num_minibatches):
             if not len(rows):
                 continue
-            await self._gate()
             if self._stopping:
                 break
             if hooks.overridden("on_step_start"):
@@ -354,15 +340,6 @@ class Learner:
             self.scheduler.step()
 
     # ------------------------------------------------------------------ giving way
-    async def _gate(self) -> None:
-        """Holds the update back while the run is paused."""
-        if not self.running.is_set():
-            was_held = self.held.is_set()
-            self.held.set()
-            await self.running.wait()
-            if not was_held:
-                self.held.clear()
-
     async def _yield_to_acting(self) -> None:
         """Lets the loop turn until nothing waits to be acted on; at most 8 turns."""
         for _ in range(_QUIET_TURNS):

@@ -98,6 +98,8 @@ class Training:
         self._wanted: list[asyncio.Future[Path]] = []
         self._saves: set[asyncio.Task[None]] = set()
         self._failure: CheckpointError | None = None  # of the last save
+        self._running = asyncio.Event()  # cleared by a pause
+        self._running.set()
         self._epoch_lock = asyncio.Lock()  # held from an epoch's update to its end, and while a checkpoint is copied
         self._num_checkpoint_steps = parts.state.num_steps
         self._checkpointed_at = time.monotonic()
@@ -117,6 +119,7 @@ class Training:
             Exception: What the learner, the task or a hook raised.
         """
         parts = self.parts
+        first_epoch, first_step = parts.state.num_epochs, parts.state.num_steps
         try:
             await parts.hooks.call("on_training_start", parts.state)
             self._reason = self._limit() or await self._learn()
@@ -125,6 +128,10 @@ class Training:
             async with self._epoch_lock:
                 self._save(await self._copy())
             await self._saved()
+            if parts.state.num_epochs > first_epoch and parts.state.num_steps == first_step:
+                logger.warning(
+                    "nothing was learned: every optimizer step was skipped, since something in it was not finite"
+                )
             await parts.hooks.call("on_training_end", parts.state)
             return self._reason
         finally:
@@ -139,10 +146,17 @@ class Training:
                 sealed = await self.parts.channel.get()
             except ChannelClosed:
                 return self._stop_reason or "stopped"
-            async with self._epoch_lock:
-                reason = await self._epoch(sealed)
+            reason = await self._epoch_when_running(sealed)
             if reason is not None:
                 return reason
+
+    async def _epoch_when_running(self, sealed: SealedEpoch) -> str | None:
+        """`_epoch`, once no pause holds it back."""
+        while True:
+            await self._running.wait()
+            async with self._epoch_lock:
+                if self._running.is_set():
+                    return await self._epoch(sealed)
 
     async def _epoch(self, sealed: SealedEpoch) -> str | None:
         """Learns one epoch. Returns why the run ends with it, or None."""
@@ -320,7 +334,7 @@ class Training:
             raise self._failure
 
     async def _save_between_epochs(self) -> None:
-        """A checkpoint for who asked during a pause: at once, or, where the pause holds an update, at that epoch's end."""
+        """A checkpoint for who asked during a pause: at once, or at the end of the update that is still under way."""
         async with self._epoch_lock:
             if self._wanted and self._reason is None:
                 self._save(await self._copy())
@@ -359,22 +373,23 @@ class Training:
         self.parts.learner.reconfigure(config)
 
     async def pause(self) -> None:
-        """Holds sampling and learning; returns when no step is outstanding and no minibatch computes.
+        """Holds sampling and learning; returns when no step is outstanding and the update that was under way is done.
 
-        Nothing is held once the run is ending.
+        So a paused run stands between two epochs. Nothing is held once the run is ending. Cancelling leaves it paused.
         """
         if self._stop_reason is not None or self._reason is not None:
             return
-        self.parts.learner.running.clear()
+        self._running.clear()
         await self.parts.rollout.pause()
-        await self.parts.learner.held.wait()
+        async with self._epoch_lock:
+            pass
 
     def resume(self) -> None:
         """Goes on after a pause."""
         self._go_on()
 
     def _go_on(self) -> None:
-        self.parts.learner.running.set()
+        self._running.set()
         self.parts.rollout.resume()
 
     async def save_checkpoint(self) -> Path:

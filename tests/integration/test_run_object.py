@@ -127,6 +127,30 @@ async def test_a_pause_holds_everything_and_a_resume_goes_on(tmp_path: Path) -> 
         assert run.statistics().status == "running"
 
 
+async def test_a_pause_at_any_moment_leaves_an_exact_checkpoint(tmp_path: Path) -> None:
+    """Whatever the pause falls into, saving does not wait for what the pause holds back, and is never cut inside an update."""
+    async with aiorl.open_run(_config(tmp_path, "task.num_update_epochs=4")) as run:
+        await anext(run)
+        for number in range(12):
+            for _ in range(7 * number):  # another moment of the epoch each time
+                await asyncio.sleep(0)
+            await run.pause()
+            async with asyncio.timeout(20):
+                path = await run.save_checkpoint()
+            loaded = CheckpointStore(tmp_path / "checkpoints", only_most_recent=True).load(path).contents
+            assert loaded.exact
+            assert loaded.state["num_steps"] == 8 * loaded.state["num_epochs"]
+            await run.resume()
+
+
+async def test_a_run_that_learned_nothing_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = _config(tmp_path, CHAIN, "task.environment.kwargs={reward=nan}", "trainer.max_epochs=2")
+    async with aiorl.open_run(config) as run:
+        outcome = await run.wait()
+    assert outcome.state.num_steps == 0
+    assert "nothing was learned" in caplog.text
+
+
 async def test_a_save_whose_caller_was_cancelled_wedges_nothing(tmp_path: Path) -> None:
     async with aiorl.open_run(_config(tmp_path)) as run:
         await anext(run)

@@ -12,15 +12,16 @@ import numpy as np
 
 
 class Chain(gymnasium.Env[np.ndarray[Any, Any], np.int64]):
-    """Counts its steps; an episode takes `length` of them, each worth 1."""
+    """Counts its steps; an episode takes `length` of them, each worth `reward`."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
 
-    def __init__(self, length: int = 10, raise_in: str = "", after: int = 50) -> None:
+    def __init__(self, length: int = 10, raise_in: str = "", after: int = 50, reward: float = 1.0) -> None:
         self.length = length
         self.raise_in = raise_in
         self.after = after
+        self.reward = reward
         self.num_steps = 0
         self.at = 0
 
@@ -43,7 +44,7 @@ class Chain(gymnasium.Env[np.ndarray[Any, Any], np.int64]):
         self.num_steps += 1
         self._misbehave("step")
         self.at += 1
-        return self._observe(), 1.0, self.at >= self.length, False, {}
+        return self._observe(), self.reward, self.at >= self.length, False, {}
 
 
 class Sticky(Chain):
