@@ -144,7 +144,7 @@ async def test_a_pause_at_any_moment_leaves_an_exact_checkpoint(tmp_path: Path) 
 
 
 async def test_a_run_that_learned_nothing_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = _config(tmp_path, CHAIN, "task.environment.kwargs={reward=nan}", "trainer.max_epochs=2")
+    config = _config(tmp_path, CHAIN, 'task.environment.kwargs={raise_in="nan"}', "trainer.max_epochs=2")
     async with aiorl.open_run(config) as run:
         outcome = await run.wait()
     assert outcome.state.num_steps == 0

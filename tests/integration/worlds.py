@@ -12,16 +12,15 @@ import numpy as np
 
 
 class Chain(gymnasium.Env[np.ndarray[Any, Any], np.int64]):
-    """Counts its steps; an episode takes `length` of them, each worth `reward`."""
+    """Counts its steps; an episode takes `length` of them, each worth 1."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
 
-    def __init__(self, length: int = 10, raise_in: str = "", after: int = 50, reward: float = 1.0) -> None:
+    def __init__(self, length: int = 10, raise_in: str = "", after: int = 50) -> None:
         self.length = length
         self.raise_in = raise_in
         self.after = after
-        self.reward = reward
         self.num_steps = 0
         self.at = 0
 
@@ -44,7 +43,8 @@ class Chain(gymnasium.Env[np.ndarray[Any, Any], np.int64]):
         self.num_steps += 1
         self._misbehave("step")
         self.at += 1
-        return self._observe(), self.reward, self.at >= self.length, False, {}
+        reward = float("nan") if self.raise_in == "nan" else 1.0
+        return self._observe(), reward, self.at >= self.length, False, {}
 
 
 class Sticky(Chain):
