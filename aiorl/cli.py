@@ -22,7 +22,8 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import nullcontext, suppress
+import threading
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal, NoReturn
@@ -189,9 +190,30 @@ def eval_(
 
 def main() -> NoReturn:
     """Runs the verb that the command line names, and exits."""
+    _open_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that lines come when they are written, in a pipe too
-    sys.exit(_status(sys.argv[1:]))
+    status = _status(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the status is decided: no traceback out of Python's own shutdown
+    if threading.active_count() > 1:  # as where `eval` was interrupted in a constructor
+        from aiorl.compute.threads import held_up, leave
+
+        if held_up():
+            leave(status)
+    sys.exit(status)
+
+
+def _open_standard_streams() -> None:
+    """Opens what the shell closed (``>&-``), before a socket or a file of ours gets its number and is written to or closed."""
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free, which is this one
+        if getattr(sys, name) is None:
+            stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - it lives as long as the process
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
 
 
 def _status(arguments: Sequence[str]) -> int:
@@ -267,9 +289,16 @@ def _train(
         if display is not None:
             run.add_listener(display.update)
 
+    def leave() -> None:
+        shown.close()
+        print("stopped at once")
+
     try:
-        with display or nullcontext():
-            result = run_to_end(config, resume=resume, opened=opened, beside=_converse if with_console else None)
+        with ExitStack() as shown:
+            if display is not None:
+                shown.enter_context(display)
+            beside = _converse if with_console else None
+            result = run_to_end(config, resume=resume, opened=opened, beside=beside, leaving=leave)
     except AiorlError as error:
         if folder is not None:
             error.add_note(f"what it left is in {_shown(folder)}")

@@ -249,7 +249,8 @@ def _load(folder: Path) -> _Learned:
         raise RunFolderError(f"{folder} is no run's folder: {_why_no_run(folder)}", folder=folder)
     config = load_config(run.config_file)
     if not run.holds_checkpoint:
-        raise CheckpointMissing(f"{folder} holds no checkpoint yet: a run saves one when it ends, or on SIGUSR1")
+        why = f": {run.ending}" if run.ending else " yet: a run saves one when it ends, or on SIGUSR1"
+        raise CheckpointMissing(f"{folder} holds no checkpoint{why}")
     loaded = CheckpointStore(run.checkpoints, only_most_recent=True).load()
     task = build_task(config.task)
     environment = task.get_environment()

@@ -6,7 +6,6 @@ It is imported and called in a thread, since it imports torch and constructs env
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,8 +13,8 @@ import torch
 from aiorl.config import Config, differences, load_config, to_toml
 from aiorl.environments.link import check_endpoint
 from aiorl.environments.preflight import preflight
-from aiorl.errors import CheckpointMissing, ConfigError, Fault, RunMismatch, UnsupportedSpace
-from aiorl.learning.checkpoint import CheckpointStore
+from aiorl.errors import CheckpointError, CheckpointMissing, ConfigError, Fault, RunMismatch, UnsupportedSpace
+from aiorl.learning.checkpoint import CheckpointStore, check_weights
 from aiorl.learning.optim import build_lr_scheduler, build_optimizer
 from aiorl.models.base import build_model
 from aiorl.monitoring.folder import RunFolder
@@ -50,14 +49,26 @@ def check(config: Config, task: ReinforcementLearningTask | None = None, model: 
     Raises:
         ConfigError: With every fault found.
     """
+    return _built(config, task, model)[1]
+
+
+def _built(
+    config: Config, task: ReinforcementLearningTask | None, model: Model | None
+) -> tuple[ReinforcementLearningTask, Model]:
+    """Task and model, where nothing is in the way of a run."""
     trainer = config.trainer
-    faults = RunFolder.faults(trainer.exp_dir, trainer.exp_name)
+    faults = [*RunFolder.faults(trainer.exp_dir, trainer.exp_name), *_faulty_weights(config)]
     try:
         check_endpoint(config.link.endpoint)
     except ConfigError as error:
         faults.extend(error.faults)
     try:
-        info = preflight((task or build_task(config.task)).get_environment())
+        task = task or build_task(config.task)
+        environment = config.task.environment
+        num_env_workers = 0 if trainer.sampling.force_sync else environment.num_env_workers
+        info = preflight(
+            task.get_environment(), num_env_workers=num_env_workers, env_cleanup_time=environment.env_cleanup_time
+        )
         if model is None:
             with torch.random.fork_rng(devices=()):
                 torch.default_generator.manual_seed(trainer.seed)  # and not the host's GPU generators
@@ -67,9 +78,22 @@ def check(config: Config, task: ReinforcementLearningTask | None = None, model: 
     except UnsupportedSpace as error:
         remedy = "choose another environment, or wrap it"
         faults.append(Fault("task.environment.id", str(error), f'"{config.task.environment.id}"', remedy))
-    if faults or model is None:
+    if faults or task is None or model is None:
         raise ConfigError(faults)
-    return model
+    return task, model
+
+
+def _faulty_weights(config: Config) -> list[Fault]:
+    """What keeps a new run from starting from ``load_from_ckpt_path``; one that goes on does not look there."""
+    trainer, path = config.trainer, config.trainer.checkpoint.load_from_ckpt_path
+    if path is None or (trainer.exp_dir is not None and RunFolder.named(trainer.exp_dir).holds_checkpoint):
+        return []
+    try:
+        check_weights(path)
+    except CheckpointError as error:
+        remedy = "name a run's folder, a checkpoint or a .safetensors file"
+        return [Fault("trainer.checkpoint.load_from_ckpt_path", str(error), f'"{path}"', remedy)]
+    return []
 
 
 def prepare(
@@ -87,12 +111,11 @@ def prepare(
         ConfigError: With every fault that the preflight found.
     """
     where = config.trainer.exp_dir
-    if resume == "must" and (where is None or not RunFolder(Path(where)).holds_checkpoint):
+    if resume == "must" and (where is None or not RunFolder.named(where).holds_checkpoint):
         raise CheckpointMissing(
             f"{where or 'a new folder'} holds no checkpoint to resume: name the run's folder as trainer.exp_dir"
         )
-    task = task or build_task(config.task)
-    model = check(config, task, model)
+    task, model = _built(config, task, model)
     trainer = config.trainer
     return Prepared(
         task,

@@ -19,7 +19,10 @@ import functools
 import importlib
 import math
 import re
+import textwrap
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import NoneType
@@ -36,6 +39,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from aiorl.errors import AiorlError, ConfigError, Fault
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -46,6 +51,8 @@ COLLECT: Final = {"aiorl": "collect"}
 
 MODULE_NAME: Final = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 """Regular expression of ``module:Name``."""
+
+_MOST_FRAMES: Final = 4  # of a traceback in a message: the end says what failed, and where
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +279,32 @@ def load_object(name: str) -> Any:
     except AttributeError as error:
         names = sorted(public for public in vars(found) if not public.startswith("_"))
         raise UnknownName(f"names nothing in module {module_name}", suggestion(attributes, names)) from error
+
+
+@contextmanager
+def translated(path: str, name: str, failing: str) -> Iterator[None]:
+    """Turns what the user's code raises within into a fault on ``path`` that tells where it was raised.
+
+    What aiorl raises on purpose passes as it is.
+
+    Args:
+        path: TOML path of the name under which that code was found.
+        name: That name.
+        failing: What cannot be done.
+
+    Raises:
+        ConfigError: The code within raised.
+    """
+    try:
+        yield
+    except AiorlError:
+        raise
+    except (Exception, SystemExit) as error:
+        line = traceback.format_exception_only(error)[-1].strip()
+        frames = traceback.extract_tb(error.__traceback__)[2:]  # without this one and the caller's
+        text = "".join(traceback.format_list(frames[-_MOST_FRAMES:])).rstrip()
+        told = "\n" + textwrap.indent(text, "    ") if text else ""
+        raise ConfigError([Fault(path, f"{failing}: {line}{told}", f'"{name}"')]) from error
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:

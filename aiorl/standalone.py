@@ -5,6 +5,14 @@
 | SIGUSR1              | a checkpoint at the next epoch end                                                        |
 | SIGTERM, first SIGINT| the open epoch is finished, within ``drain_timeout``; a checkpoint; the end               |
 | second SIGINT        | the end, at once                                                                          |
+
+Before the run is open there is nothing to drain: the first SIGINT or SIGTERM is the end. User code in a thread (a constructor that
+takes long, say) cannot be cancelled, and embedded runs wait for it, as their host goes on. Here the process itself is to end: it
+is left by `os._exit`, which runs no ``finally`` and no atexit handler, while the kernel ends the workers and frees the folder's lock,
+
+- a second after the first signal to end at once, five where a run was open (it closes, and writes ``summary.json``), if
+  a thread still holds it up then;
+- at the next SIGINT, at once where a thread holds it up, else within a second.
 """
 
 from __future__ import annotations
@@ -15,9 +23,11 @@ import logging
 import signal
 import threading
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from aiorl.compute.threads import held_up, leave
 from aiorl.errors import ConfigError, Fault
 from aiorl.monitoring.folder import RunFolder, log_to
 from aiorl.runs import import_torch, open_run
@@ -33,6 +43,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE_S = 1.0  # for what was told to end at once
+_PATIENCE_WITH_RUN_S = 5.0  # the same, for a run that has a folder to leave in order
 _ONE_INTERRUPT_S = 0.05  # `timeout -s INT` and the like signal a process and then its group: that is one interrupt
 
 
@@ -58,11 +70,13 @@ def run(
     callbacks: Iterable[Callback] = (),
     opened: Callable[[Run], Any] | None = None,
     beside: Callable[[Run], Any] | None = None,
+    leaving: Callable[[], Any] | None = None,
 ) -> RunResult:
     """Runs to the end, with a loop and signal handlers of its own. Blocks; to be called in the main thread.
 
     SIGUSR1 asks for a checkpoint at the next epoch end. SIGTERM and the first SIGINT finish the open epoch, within
-    ``drain_timeout``, checkpoint and end; a second SIGINT ends at once.
+    ``drain_timeout``, checkpoint and end; a second SIGINT ends at once. Where user code in a thread does not come back
+    after that, the process is left with 128 + signal, by ``os._exit``.
 
     Args:
         config: What `load_config` returned.
@@ -70,6 +84,7 @@ def run(
         callbacks: Told about the run, after the task.
         opened: Called on the loop with the run, before its first step.
         beside: ``async (run) -> None``, runs beside the training; its end stops the run.
+        leaving: Called before the process is left so, for what would otherwise be cleaned up when this returns.
 
     Raises:
         AiorlError: Why the run failed, first cause first.
@@ -78,7 +93,7 @@ def run(
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is a run to checkpoint
     import_torch()  # before the loop starts: it would stall it
     with asyncio.Runner(loop_factory=_loop_factory(config.trainer.loop)) as runner:
-        return runner.run(_run(config, resume, tuple(callbacks), opened, beside))
+        return runner.run(_run(config, resume, tuple(callbacks), opened, beside, leaving))
 
 
 def _loop_factory(name: Literal["auto", "asyncio", "uvloop"]) -> Callable[[], asyncio.AbstractEventLoop]:
@@ -100,6 +115,7 @@ async def _run(
     callbacks: tuple[Callback, ...],
     opened: Callable[[Run], Any] | None,
     beside: Callable[[Run], Any] | None,
+    leaving: Callable[[], Any] | None,
 ) -> RunResult:
     loop = asyncio.get_running_loop()
     main = asyncio.current_task()
@@ -109,6 +125,15 @@ async def _run(
     received: list[signal.Signals] = []
     received_at: list[float] = []
     companions: list[asyncio.Task[None]] = []
+
+    def leave_now(*, patient: bool) -> None:
+        if patient and not held_up():
+            return
+        try:
+            if leaving is not None:
+                leaving()
+        finally:
+            leave(128 + received[0])
 
     def on_signal(number: signal.Signals) -> None:
         first = not received
@@ -124,7 +149,13 @@ async def _run(
         elif not runs or number is signal.SIGINT:
             for run in runs:
                 run.hurry()
-            main.cancel()
+            if main.cancelling():
+                if held_up():
+                    leave_now(patient=False)
+                loop.call_later(_PATIENCE_S, partial(leave_now, patient=False))
+            else:
+                main.cancel()
+                loop.call_later(_PATIENCE_WITH_RUN_S if runs else _PATIENCE_S, partial(leave_now, patient=True))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -197,3 +199,67 @@ def test_a_reader_that_has_left_is_no_program_error(tmp_path: Path) -> None:
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_do_not_end_a_run(folder: Path, closed: str) -> None:
+    """Sockets would otherwise get their numbers, and whoever prints would write to a socket."""
+    command = f"{sys.executable} -X dev -m aiorl run own/config.toml --set task.environment.num_env_workers=1 {closed}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("next: " in done.stdout) == (closed in {"<&-", "2>&-"})
+    assert ("checkpoint written" in done.stderr) == (closed in {"<&-", ">&-"})
+    summary = json.loads((folder / "runs" / "walk" / "run_0" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    refused = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m aiorl run missing.toml {closed}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert refused.returncode == 2
+    assert ("does not exist" in refused.stderr) == (closed in {"<&-", ">&-"})
+
+
+def test_a_tilde_in_exp_dir_is_the_home_for_a_run_that_must_go_on_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    arguments = ("run", "own/config.toml", "--set", "trainer.exp_dir=~/mine")
+    assert aiorl(folder, *arguments, "--set", "trainer.max_samples=256").returncode == 0
+    done = aiorl(folder, *arguments, "--resume", "must")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "mine" / "summary.json").read_text())["num_samples"] == 512
+
+
+def test_an_evaluation_is_interrupted_while_an_environment_is_made(folder: Path) -> None:
+    assert aiorl(folder, "run", "own/config.toml").returncode == 0
+    (folder / "own" / "own_walk.py").write_text(
+        WALK.replace("self.render_mode = render_mode", "print('making', flush=True); import time; time.sleep(600)")
+    )
+    with subprocess.Popen(
+        [sys.executable, "-X", "dev", "-W", "error", "-m", "aiorl", "eval", "runs/walk/run_0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "making\n"
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=5)
+    assert (process.returncode, told) == (130, "")

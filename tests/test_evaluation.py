@@ -266,6 +266,11 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(CheckpointMissing, match="holds no checkpoint yet"):
         load_policy(folder)
+    RunFolder(folder).write_summary({"status": "failed", "error": "NaNError: parameters are not finite: a"})
+    with pytest.raises(
+        CheckpointMissing, match="no checkpoint: its run failed, NaNError: parameters are not finite: a$"
+    ):
+        load_policy(folder)
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

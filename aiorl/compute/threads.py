@@ -1,11 +1,15 @@
-"""Blocking work beside the loop, that never outlives whoever awaits it."""
+"""Blocking work beside the loop, that never outlives whoever awaits it, but where the whole process is left."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,3 +41,16 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
     """Calls `function` in a thread of its own, which has ended when this returns or raises; cancelling waits for it."""
     with ThreadPoolExecutor(1, thread_name_prefix="aiorl-blocking") as executor:
         return await joined(executor.submit(partial(function, *args, **kwargs)))
+
+
+def held_up() -> bool:
+    """Whether the end of the process would have to wait for a thread of aiorl's: user code may never come back from there."""
+    return any(thread.name.startswith("aiorl-") and not thread.daemon for thread in threading.enumerate())
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process with what was printed, and without waiting for its threads: nothing else is cleaned up."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # broken, closed, or none
+            stream.flush()
+    os._exit(status)

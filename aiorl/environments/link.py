@@ -20,7 +20,9 @@ import shutil
 import socket
 import stat
 import tempfile
+import time
 from contextlib import closing, suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
 MAX_QUEUED: Final = 4096
 MAX_TURN: Final = 256
 MAX_IPC_PATH_BYTES: Final = 107
+MAX_PORT: Final = 65535
 _HANDSHAKE_MS: Final = 10_000
+_MAX_ENTRIES, _MAX_SWEPT, _MIN_AGE_S = 4096, 32, 60.0
 
 # Plain integers: an operation on pyzmq's flags costs a microsecond each.
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
@@ -115,7 +119,12 @@ class LinkServer:
             raise
 
     def _bind_private(self) -> str:
-        """Listens where only this user can connect: a socket in a new folder of mode 0700, or loopback TCP."""
+        """Listens where only this user can connect: a socket in a new folder of mode 0700, or loopback TCP.
+
+        An abstract socket would need no folder, but every user of the machine, and of a container that shares its
+        network, can connect to one; the token keeps them from being heard, not from flooding the link.
+        """
+        sweep(Path("/tmp"))
         for parent in (tempfile.gettempdir(), "/tmp"):
             path = str(Path(parent) / "aiorl-01234567" / "link")
             if zmq.has("ipc") and Path(parent).is_dir() and len(os.fsencode(path)) <= MAX_IPC_PATH_BYTES:
@@ -225,6 +234,34 @@ class WorkerLink:
         self._socket.close()
 
 
+def sweep(parent: Path) -> None:
+    """Removes the private folders that runs of this user left when they were killed; never raises.
+
+    Only what is above a minute old, and holds nothing but a socket on which nobody listens. ``parent`` has to belong to
+    this machine alone: the socket of a run that lives on another one refuses connections too.
+    """
+    with suppress(OSError), os.scandir(parent) as entries:
+        found = (entry for entry in islice(entries, _MAX_ENTRIES) if entry.name.startswith("aiorl-"))
+        for entry in islice(found, _MAX_SWEPT):
+            with suppress(OSError):
+                status = entry.stat(follow_symlinks=False)
+                is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+                if is_own and time.time() - status.st_mtime > _MIN_AGE_S:
+                    _remove_dead(Path(entry.path))
+
+
+def _remove_dead(folder: Path) -> None:
+    link = folder / "link"
+    if stat.S_ISSOCK(link.lstat().st_mode):
+        with closing(socket.socket(socket.AF_UNIX)) as probe:
+            probe.setblocking(False)  # a listener whose backlog is full lives
+            try:
+                probe.connect(str(link))
+            except ConnectionRefusedError:
+                link.unlink()
+                folder.rmdir()
+
+
 def check_endpoint(endpoint: str) -> None:
     """Listens on an endpoint and stops at once.
 
@@ -251,6 +288,9 @@ def _bind_given(end: zmq.Socket[bytes], endpoint: str) -> str:
         _check_ipc_path(endpoint, Path(address))
     elif scheme == "tcp" and not address.startswith(("127.", "localhost:")):
         raise _refusal(endpoint, "is open to other machines, and the link is not encrypted", "listen on 127.0.0.1")
+    port = address.rpartition(":")[2] if scheme == "tcp" else ""
+    if port.isdecimal() and int(port) > MAX_PORT:  # of which ZeroMQ takes the lower 16 bits
+        raise _refusal(endpoint, f"has a port above {MAX_PORT}", "lower it, or write * for any that is free")
     try:
         end.bind(endpoint)
     except zmq.ZMQError as error:

@@ -28,7 +28,9 @@ from aiorl.environments.make import (
     resolve,
     seed_of,
 )
+from aiorl.environments.rows import check_observation, stack_rewards
 from aiorl.environments.spaces import describe, first_action
+from aiorl.environments.specimen import look_at_one
 from aiorl.errors import EnvironmentRaised
 
 if TYPE_CHECKING:
@@ -44,12 +46,31 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+def _is_its_own(error: BaseException) -> bool:
+    """Whether it is the environment that raised this, rather than somebody who cancels or closes what awaits it.
+
+    Libraries leak ``CancelledError``; a real one is counted by the task. Ctrl-C comes to a loop that has no handler of
+    its own as a cancellation first, then as ``KeyboardInterrupt``.
+    """
+    if isinstance(error, GeneratorExit):
+        return False
+    if isinstance(error, Exception | SystemExit):
+        return True
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # a thread in which environments are made
+        return True
+    return task is None or not task.cancelling()
+
+
 @contextmanager
 def _reported(worker: int, where: str) -> Iterator[None]:
-    """Turns whatever an environment raises into ``EnvironmentRaised``; cancellation passes."""
+    """Turns whatever an environment raises into ``EnvironmentRaised``; what is done to its caller passes."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not _is_its_own(error):
+            raise
         raise EnvironmentRaised(
             worker=worker,
             where=where,
@@ -76,7 +97,7 @@ class LocalGroup:
         self._worker = worker
         self._seeds: list[int] | None = [seed_of(env_seed, first_env + row, incarnation) for row in range(num_envs)]
         with _reported(worker, "constructor"):
-            self._group = EnvironmentGroup(spec, num_envs)
+            self._group = EnvironmentGroup(spec, num_envs, first_env)
         self.info = self._group.info
 
     async def reset(self) -> NDArray[Any]:
@@ -90,7 +111,7 @@ class LocalGroup:
         """Steps every environment once."""
         try:
             return self._group.step(actions)
-        except Exception:
+        except BaseException:
             with _reported(self._worker, "step"):
                 raise
 
@@ -146,10 +167,11 @@ class AwaitableGroup:
                 finals = rows
                 observation, _ = await self.environment.reset()
                 rows = self._row(observation)
+            rewards = stack_rewards([reward], self.first_env)
         self._has_row = True
         return Tick(
             observations=rows,
-            rewards=np.array([reward], np.float32),
+            rewards=rewards,
             terminated=np.array([terminated], np.bool_),
             truncated=np.array([truncated and not terminated], np.bool_),
             final_observations=finals,
@@ -157,9 +179,7 @@ class AwaitableGroup:
 
     def _row(self, observation: Any) -> NDArray[Any]:
         """An observation as a new array ``[1, *shape]``."""
-        shape = self.info.observation.shape
-        if np.shape(observation) != shape:
-            raise ValueError(f"observation of shape {np.shape(observation)} from a space of shape {shape}")
+        check_observation(observation, self.info.observation.shape, self.first_env)
         return np.array([observation], self.info.observation.dtype)
 
     async def close(self) -> None:
@@ -219,7 +239,9 @@ class LocalWorkers:
                             await group.close()
                         else:
                             group.close()
-                    except Exception:
+                    except BaseException as error:
+                        if not _is_its_own(error):
+                            raise
                         logger.warning("%s raised in close", group.name, exc_info=True)
         except TimeoutError:
             logger.warning(
@@ -250,7 +272,7 @@ async def open_local(
         try:
             for worker, group_sizes in enumerate(sizes):
                 if first_env == 0:
-                    is_awaitable = _is_awaitable(spec, worker)
+                    is_awaitable = _is_awaitable(spec, worker, env_cleanup_time)
                 for num_envs in [1] * sum(group_sizes) if is_awaitable else group_sizes:
                     if is_awaitable:
                         with _reported(worker, "constructor"):
@@ -268,14 +290,17 @@ async def open_local(
     return LocalWorkers(groups, len(sizes), env_cleanup_time)
 
 
-def _is_awaitable(spec: EnvironmentSpec, worker: int) -> bool:
+def _is_awaitable(spec: EnvironmentSpec, worker: int, env_cleanup_time: float) -> bool:
     """Whether a specification's environments are awaitable, which only one of them can tell."""
     if spec.vectorization_mode == "vector_entry_point":
         return False
     with _reported(worker, "constructor"):
-        environment = make_environment(spec, resolve(spec))
-    close_anyhow(partial(close_environment, environment), spec.id)
-    return inspect.iscoroutinefunction(environment.step)
+        return look_at_one(
+            lambda: make_environment(spec, resolve(spec)),
+            lambda environment: inspect.iscoroutinefunction(environment.step),
+            name=spec.id,
+            env_cleanup_time=env_cleanup_time,
+        )
 
 
 def _close_in_thread(groups: Sequence[LocalGroup | AwaitableGroup]) -> None:

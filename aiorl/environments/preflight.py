@@ -9,14 +9,14 @@ import importlib
 import traceback
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import gymnasium
 from gymnasium.vector import VectorEnv
 
-from aiorl.environments.make import close_anyhow, close_environment, load, make_environment, resolve
+from aiorl.environments.make import load, make_environment, resolve
 from aiorl.environments.spaces import describe
+from aiorl.environments.specimen import look_at_one
 from aiorl.errors import ConfigError, Fault, UnsupportedSpace
 
 if TYPE_CHECKING:
@@ -27,14 +27,27 @@ if TYPE_CHECKING:
 _TABLE: Final = "task.environment"
 
 
-def preflight(spec: EnvironmentSpec) -> EnvironmentInfo:
-    """Makes one environment, looks at it and closes it. Blocks, and imports: to be run in a thread that runs no loop.
+def preflight(spec: EnvironmentSpec, *, num_env_workers: int = 0, env_cleanup_time: float = 5.0) -> EnvironmentInfo:
+    """Makes one environment, looks at it and closes it. Blocks, while all user code runs in a daemon thread.
+
+    Args:
+        spec: Of the environment.
+        num_env_workers: Processes or threads that are to host such environments; 0 = the trainer's own loop.
+        env_cleanup_time: Seconds that closing may take; then it is left to itself with a warning.
 
     Raises:
-        ConfigError: A fault on ``task.environment.id``, ``kwargs``, ``wrappers``, ``register`` or
-            ``vectorization_mode``: a module that cannot be imported, an unknown environment, a constructor that raises,
-            or spaces that cannot be used.
+        ConfigError: A fault on ``task.environment.id``, ``kwargs``, ``wrappers``, ``register`` or ``num_env_workers``:
+            a module that cannot be imported, an unknown environment, a constructor that raises, spaces that cannot be
+            used, or an awaitable environment that is to be hosted by workers.
     """
+    info = look_at_one(lambda: _make(spec), lambda it: _look(spec, it), name=spec.id, env_cleanup_time=env_cleanup_time)
+    if info.is_awaitable and num_env_workers > 0:
+        what = f"{spec.id} is awaitable, and only the trainer's own loop hosts such environments"
+        raise ConfigError([Fault(f"{_TABLE}.num_env_workers", what, str(num_env_workers), "set it to 0")])
+    return info
+
+
+def _make(spec: EnvironmentSpec) -> Any:
     for index, module in enumerate(spec.register):
         with _translated(f"register[{index}]", module, "cannot be imported"):
             importlib.import_module(module)
@@ -43,19 +56,19 @@ def preflight(spec: EnvironmentSpec) -> EnvironmentInfo:
     for index, wrapper in enumerate(spec.wrappers):
         with _translated(f"wrappers[{index}]", wrapper, "cannot be imported"):
             load(wrapper)
-    wants_vector = spec.vectorization_mode == "vector_entry_point"
-    more: dict[str, Any] = {"num_envs": 1} if wants_vector else {}
+    more: dict[str, Any] = {"num_envs": 1} if spec.vectorization_mode == "vector_entry_point" else {}
     with _translated("id", spec.id, "cannot be constructed"):
-        environment = make_environment(spec, construct, **more)
-    try:
-        if isinstance(environment, VectorEnv) != wants_vector:
-            what, other = ("no vector", "sync") if wants_vector else ("a vector", "vector_entry_point")
-            remedy = f'set vectorization_mode = "{other}"'
-            raise ConfigError([_fault("id", spec.id, f"makes {what} environment", remedy)])
-        with _translated("id", spec.id, "cannot be described"):
-            return describe(environment)
-    finally:
-        close_anyhow(partial(close_environment, environment), spec.id)
+        return make_environment(spec, construct, **more)
+
+
+def _look(spec: EnvironmentSpec, environment: Any) -> EnvironmentInfo:
+    wants_vector = spec.vectorization_mode == "vector_entry_point"
+    if isinstance(environment, VectorEnv) != wants_vector:
+        what, other = ("no vector", "sync") if wants_vector else ("a vector", "vector_entry_point")
+        remedy = f'set vectorization_mode = "{other}"'
+        raise ConfigError([_fault("id", spec.id, f"makes {what} environment", remedy)])
+    with _translated("id", spec.id, "cannot be described"):
+        return describe(environment)
 
 
 def _fault(field: str, value: str, message: str, remedy: str = "") -> Fault:
@@ -81,7 +94,7 @@ def _translated(field: str, value: str, failing: str) -> Iterator[None]:
         near = get_close_matches(error.name, dir(error.obj), n=1)
         remedy = f"did you mean {near[0]!r}?" if near else ""
         raise ConfigError([_fault(field, value, f"{failing}: {error}", remedy)]) from error
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise ConfigError([_raised(field, value, failing, error)]) from error
 
 

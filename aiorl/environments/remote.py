@@ -158,7 +158,6 @@ class RemoteWorker:
     Args:
         number: Of the worker.
         setup: What it is to build.
-        first_env: Global index of its first environment.
         token: What it has to show.
         send: Sends frames to it; False where they cannot be delivered.
 
@@ -169,9 +168,7 @@ class RemoteWorker:
         num_dropped: Messages that came too late to be of use.
     """
 
-    def __init__(
-        self, number: int, setup: Setup, *, first_env: int, token: bytes, send: Callable[[list[bytes]], bool]
-    ) -> None:
+    def __init__(self, number: int, setup: Setup, *, token: bytes, send: Callable[[list[bytes]], bool]) -> None:
         self.number = number
         self.incarnation = setup.incarnation
         self.info: EnvironmentInfo | None = None
@@ -181,6 +178,7 @@ class RemoteWorker:
         self._token = token
         self._send = send
         self.groups: list[RemoteGroup] = []
+        first_env = setup.first_env
         for index, num_envs in enumerate(setup.group_sizes):
             self.groups.append(RemoteGroup(self, index, num_envs, first_env))
             first_env += num_envs

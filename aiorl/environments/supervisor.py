@@ -143,7 +143,8 @@ async def open_workers(
     setups = []
     for number, group_sizes in enumerate(sizes):
         envs = range(number * config.envs_per_worker, (number + 1) * config.envs_per_worker)
-        setups.append(Setup(incarnation, spec, group_sizes, tuple(seed_of(env_seed, env, incarnation) for env in envs)))
+        seeds = tuple(seed_of(env_seed, env, incarnation) for env in envs)
+        setups.append(Setup(incarnation, spec, group_sizes, seeds, envs.start))
     _check_sendable(setups[0])
     remote = RemoteWorkers(config, link)
     try:
@@ -200,7 +201,6 @@ class RemoteWorkers:
             worker = RemoteWorker(
                 number,
                 setup,
-                first_env=self.num_envs,
                 token=token,
                 send=partial(self._link.send, identity),
             )

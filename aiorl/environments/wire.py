@@ -78,12 +78,14 @@ class Setup:
         spec: Of every environment.
         group_sizes: K of each group.
         seeds: One for each environment, group after group; used by the first reset of each group.
+        first_env: Global index of the first environment.
     """
 
     incarnation: Uint32
     spec: Annotated[EnvironmentSpec, Spec()]
     group_sizes: Annotated[tuple[int, ...], Many(Uint(MAX_GROUP_ENVS), MAX_GROUPS)]
     seeds: Annotated[tuple[int, ...], Many(Uint(2**63 - 1), MAX_GROUP_ENVS)]
+    first_env: Uint63
 
     def check(self) -> None:
         """Raises ``MalformedMessage`` where the fields contradict each other."""

@@ -76,7 +76,7 @@ class _Groups:
     def build(self, setup: Setup) -> Ready:
         first = 0
         for num_envs in setup.group_sizes:
-            self._groups.append(EnvironmentGroup(setup.spec, num_envs))
+            self._groups.append(EnvironmentGroup(setup.spec, num_envs, setup.first_env + first))
             self._seeds.append(setup.seeds[first : first + num_envs])
             self._sequences.append(0)
             first += num_envs
@@ -109,7 +109,7 @@ class _Groups:
         for group in self._groups:
             try:
                 group.close()
-            except Exception:  # noqa: BLE001 - user code, and the other groups have to be closed
+            except (Exception, SystemExit):  # noqa: BLE001 - user code, and the other groups have to be closed
                 traceback.print_exc()
 
 

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from aiorl.errors import CheckpointCorrupt, CheckpointError, CheckpointMissing
 from aiorl.learning.snapshot import Contents
@@ -75,7 +75,7 @@ class CheckpointStore:
     One store saves into a folder at a time (the run's folder is locked for that); any number may read beside it.
 
     Args:
-        folder: The run's ``checkpoints`` folder; made by the first save.
+        folder: The run's ``checkpoints`` folder; made by the first save, in the run's folder, which has to be there.
         only_most_recent: Keep the newest and its predecessor; else all.
     """
 
@@ -122,7 +122,7 @@ class CheckpointStore:
 
     def _write(self, contents: Contents, abandoned: threading.Event) -> Path:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)  # and no parent: a run whose folder was removed leaves no half of one
             self._sweep()
             newest = self.newest()
             number = int(newest.name.partition("_")[0]) + 1 if newest is not None else 1
@@ -136,7 +136,8 @@ class CheckpointStore:
                 raise
             _fsync(self.folder)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"cannot save a checkpoint in {self.folder}: {_cause(error)}") from error
+            why = _cause(error) if self.folder.parent.exists() else f"{self.folder.parent} is gone"
+            raise CheckpointError(f"cannot save a checkpoint in {self.folder}: {why}") from error
         self._sound[path.name] = True
         self._retain()
         return path
@@ -188,14 +189,28 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         CheckpointMissing: There are none at that place.
         CheckpointCorrupt: What is there is not what was written.
     """
-    path = Path(path)
+    return _weights(path, _load_weights, lambda file: _parse_weights(file, _read(file)))
+
+
+def check_weights(path: str | Path) -> None:
+    """Finds what keeps `load_weights` from reading that place, as far as sizes and headers tell: no tensor is read.
+
+    Raises:
+        CheckpointMissing: There are none at that place.
+        CheckpointCorrupt: What is there is not what was written.
+    """
+    _weights(path, _look_into, _look_at_header)
+
+
+def _weights(path: str | Path, of_checkpoint: Callable[[Path], T], of_file: Callable[[Path], T]) -> T:
+    path = Path(path).expanduser()
     if path.is_file() and path.suffix == ".safetensors":
-        return _parse_weights(path, _read(path))
+        return of_file(path)
     if (path / _MANIFEST).is_file():
-        return _load_weights(path)
+        return of_checkpoint(path)
     for folder in (path / "checkpoints", path):
         if _saved(folder):
-            return _newest_sound(folder, _load_weights, {})
+            return _newest_sound(folder, of_checkpoint, {})
     raise CheckpointMissing(f"{path} is no checkpoint, no run's folder with one, and no .safetensors file")
 
 
@@ -321,6 +336,24 @@ def _load(path: Path) -> Loaded:
 
 def _load_weights(path: Path) -> dict[str, Tensor]:
     return _parse_weights(path, _read_verified(path, _MODEL, _read_manifest(path)))
+
+
+def _look_into(path: Path) -> None:
+    size_bytes, _ = _read_manifest(path)[_MODEL]
+    _look_at_header(path / _MODEL)
+    found_bytes = (path / _MODEL).stat().st_size
+    if found_bytes != size_bytes:
+        raise CheckpointCorrupt(f"{path / _MODEL} has {found_bytes} bytes, where {size_bytes} were written")
+
+
+def _look_at_header(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except OSError as error:
+        raise CheckpointCorrupt(f"{path} cannot be read: {_cause(error)}") from error
+    except SafetensorError as error:
+        raise CheckpointCorrupt(f"{path} holds no weights in the safetensors format: {error}") from error
 
 
 def _parse_weights(path: Path, data: bytes) -> dict[str, Tensor]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
 from aiorl.compute.config import CompilerConfig, MixedPrecisionConfig
 from aiorl.monitoring.config import ProfilerConfig
 from aiorl.sampling.config import SamplingConfig
-from aiorl.section import MAY_DIFFER, Section, not_yet
+from aiorl.section import MAY_DIFFER, Breach, Section, not_yet, rule
+
+RUN_FOLDER_NAMES: Final = ("config.toml", "provenance.json", "metrics.jsonl", "summary.json", "checkpoints")
+"""What lies in a run's folder beside its logs (see `aiorl.monitoring.folder`)."""
 
 _SHARDING = not_yet("several learners")
 
@@ -123,7 +126,7 @@ class ReinforcementLearningTrainerConfig(Section):
         None, ge=1, description="Stop after so many environment transitions."
     )
     max_seconds: Annotated[float | None, MAY_DIFFER] = Field(
-        None, gt=0.0, description="Stop after so many seconds of training."
+        None, gt=0.0, description="Stop at the first epoch end after so many seconds of training."
     )
     target_return: Annotated[float | None, MAY_DIFFER] = Field(
         None, description="Stop when the mean return of the last 100 episodes reaches this."
@@ -178,6 +181,12 @@ class ReinforcementLearningTrainerConfig(Section):
     sampling: SamplingConfig = Field(
         default_factory=lambda: SamplingConfig(num_epoch_samples=2048), description="Sampling."
     )
+
+    @rule("log_dir_name")
+    def _logs_have_a_place_of_their_own(self) -> Breach | None:
+        if self.log_dir_name not in RUN_FOLDER_NAMES:
+            return None
+        return "is what the run's folder itself calls something else", 'choose another name, for example "logs"'
 
     @property
     def total_samples(self) -> int | None:

@@ -5,6 +5,7 @@ Dimensions: B rows of the epoch, m trajectories that are bootstrapped.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,7 +42,8 @@ def prepare(
         _add_start_log_probs(batch, model, task, device)
     if type(task).postprocess_trajectory is not ReinforcementLearningTask.postprocess_trajectory:
         for trajectory in batch.trajectories():
-            batch.replace(trajectory, task.postprocess_trajectory(trajectory))
+            # A copy, so that an array that was put in the place of another one is told from it.
+            batch.replace(trajectory, task.postprocess_trajectory(copy.copy(trajectory)))
     batch = task.postprocess_trajectories(batch)
     arrays = task.build_rl_dataset(batch)
     return batch, {name: torch.as_tensor(array, device=device) for name, array in arrays.items()}

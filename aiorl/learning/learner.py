@@ -174,6 +174,7 @@ class Learner:
         num_passes = 0
         self._norms.clear()
         self._num_skipped = 0
+        state.num_epoch_steps = 0  # a checkpoint has those of the epoch that it was cut after
         self._step_schedule(per_epoch=True)
         for _ in range(task.num_update_epochs):
             figures = await self._pass(dataset, len(batch), num_passes, means)
@@ -279,9 +280,11 @@ class Learner:
         )
         self.optimizer.zero_grad(set_to_none=self._config.set_to_none)
         loss.backward()  # type: ignore[no-untyped-call] # torch has no annotation for it
-        norm = self._clip()
+        norm = self._norm()
         state = self._state
         if bool(torch.isfinite(norm)) and bool(torch.isfinite(loss)):
+            if self._config.clip_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.clip_grad_norm, norm)
             self.optimizer.step()
             self._step_schedule(per_epoch=False)
             self._num_skipped_in_a_row = 0
@@ -292,15 +295,10 @@ class Learner:
             self._skip(step.losses)
         return loss.detach()
 
-    def _clip(self) -> Tensor:
-        """Clips the gradients' norm where that is asked for. Returns the norm before clipping, a scalar."""
-        limit = self._config.clip_grad_norm
-        order = self._config.clip_grad_norm_type
+    def _norm(self) -> Tensor:
+        """The gradients' norm before clipping, a scalar."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, order)
-        if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
-        return norm
+        return torch.nn.utils.get_total_norm(gradients, self._config.clip_grad_norm_type)
 
     def _skip(self, losses: dict[str, Tensor]) -> None:
         """Leaves a step out, names what was not finite, and gives up when that goes on."""
@@ -317,6 +315,7 @@ class Learner:
         self._num_skipped_in_a_row += 1
         logger.warning("optimizer step skipped, not finite: %s", what or "the gradient's norm")
         if self._num_skipped_in_a_row > self._config.max_consecutive_skips:
+            self._check_parameters()
             raise NonFiniteError(
                 f"{self._num_skipped_in_a_row} optimizer steps in a row were not finite (max_consecutive_skips = "
                 f"{self._config.max_consecutive_skips}); the last: {what or 'the norm of the gradient'}"

@@ -107,6 +107,7 @@ class Training:
         self._elapsed_before_s = parts.state.elapsed_time_s
         self._epoch_ended_at = self._started_at
         self._batches: BatcherStatistics = parts.batcher.statistics()
+        self._noise_counts = parts.rollout.noise_counts()  # as of the last epoch's end
 
     # ------------------------------------------------------------------ the loop
     async def run(self) -> str:
@@ -183,12 +184,14 @@ class Training:
         parts.policy.publish(sealed.epoch, await parts.placement.call(parts.policy.snapshot))
         await parts.hooks.call("on_epoch_end", state)
         reason = self._limit()
+        batches = parts.batcher.statistics()  # before the next epoch may begin to act
+        self._noise_counts = parts.rollout.noise_counts()
         if reason is None:
             parts.rollout.learned(sealed.epoch)
         started = time.perf_counter()
         snapshot = await self._copy() if self._due() else None
         checkpoint_s = time.perf_counter() - started if snapshot is not None else None
-        record = self._record(sealed, update, checkpoint_s)
+        record = self._record(sealed, update, batches, checkpoint_s)
         await parts.recorder.record(record)
         if snapshot is not None:
             self._save(snapshot)  # after the record, so that metrics.jsonl reaches at least as far
@@ -215,12 +218,13 @@ class Training:
         return None
 
     # ------------------------------------------------------------------ figures
-    def _record(self, sealed: SealedEpoch, update: Update, checkpoint_s: float | None) -> EpochRecord:
+    def _record(
+        self, sealed: SealedEpoch, update: Update, batches: BatcherStatistics, checkpoint_s: float | None
+    ) -> EpochRecord:
         parts, state = self.parts, self.parts.state
         now = time.monotonic()
         epoch_s, self._epoch_ended_at = now - self._epoch_ended_at, now
-        before, batches = self._batches, parts.batcher.statistics()
-        self._batches = batches
+        before, self._batches = self._batches, batches
         num_batches = batches.num_batches - before.num_batches
         flushes = {name: count - before.flushes[name] for name, count in batches.flushes.items()}
         metrics: dict[str, Any] = {
@@ -298,7 +302,7 @@ class Training:
             state=parts.state.state_dict(),
             extra={
                 "episodes": parts.window.state_dict(),
-                "noise_counts": torch.from_numpy(parts.rollout.noise_counts()),
+                "noise_counts": torch.from_numpy(self._noise_counts),
                 "incarnation": parts.incarnation,
                 "settings": self.settings,
             },

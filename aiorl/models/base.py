@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from aiorl.errors import ConfigError, Fault
-from aiorl.section import UnknownName, load_object
+from aiorl.section import UnknownName, load_object, translated
 
 if TYPE_CHECKING:
     from aiorl.compute.distributions import Categorical
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aiorl.models.config import ModelConfig
 
 _BUILT_IN = {"mlp": "aiorl.models.mlp:MLP"}
+_FAILING = "cannot be constructed"
 
 
 class Model(nn.Module, ABC):
@@ -85,8 +86,8 @@ def build_model(config: ModelConfig, info: EnvironmentInfo) -> Model:
         The model, in float32 on the CPU.
 
     Raises:
-        ConfigError: The name is unknown or cannot be imported, names something else than a model, or does not take the
-            table's keys.
+        ConfigError: The name is unknown or cannot be imported, names something else than a model, does not take the
+            table's keys, or raises when it is called.
         UnsupportedSpace: The model cannot take these observations or actions.
     """
     try:
@@ -96,14 +97,16 @@ def build_model(config: ModelConfig, info: EnvironmentInfo) -> Model:
     if not callable(factory):
         raise _no_model(config)
     if hasattr(factory, "Config"):
-        model = factory(info, config)
+        with translated("model.name", config.name, _FAILING):
+            model = factory(info, config)
     else:
         try:
             inspect.signature(factory).bind(info, **config.options)
         except TypeError as error:
             remedy = f"{config.name} is called with the environment's information and the table's keys"
             raise ConfigError([Fault("model", str(error), None, remedy)]) from error
-        model = factory(info, **config.options)
+        with translated("model.name", config.name, _FAILING):
+            model = factory(info, **config.options)
     if not isinstance(model, Model):
         raise _no_model(config)
     return model

@@ -20,6 +20,7 @@ import queue
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -86,18 +87,28 @@ class RunFolder:
             raise ConfigError([_fault(exp_dir, f"{path} cannot be made: {_said(error)}")]) from error
         return cls(path, log_dir_name)
 
+    @classmethod
+    def named(cls, exp_dir: str) -> RunFolder:
+        """The folder that ``trainer.exp_dir`` names, ``~`` included, whether it is there or not."""
+        return cls(_place(exp_dir, "", ""))
+
     @staticmethod
     def faults(exp_dir: str | None, exp_name: str, *, root: str | Path = "runs") -> list[Fault]:
-        """What keeps ``create`` from making and writing the folder, found without making anything."""
+        """What keeps ``create`` from making and writing the folder; makes folders to see, and leaves nothing."""
         path = _place(exp_dir, exp_name, root)
         try:
             existing = next(each for each in (path, *path.parents) if os.path.lexists(each))
             if not existing.is_dir():
                 return [_fault(exp_dir, f"{path} leads through {existing}, which is no folder")]
-            if not os.access(existing, os.W_OK | os.X_OK):
-                return [_fault(exp_dir, f"{existing} cannot be written")]
         except (OSError, ValueError) as error:
             return [_fault(exp_dir, f"{path} cannot be used: {_said(error)}")]
+        try:
+            # Mode bits say nothing to root, nor on a read-only file system or in /proc: only trying does.
+            with tempfile.TemporaryDirectory(prefix=".aiorl-", dir=existing) as probe:
+                (Path(probe) / path.relative_to(existing)).mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            failing = "written" if path == existing else "made"
+            return [_fault(exp_dir, f"{path} cannot be {failing}: {_said(error)}")]
         return []
 
     @property
@@ -134,6 +145,16 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The checkpoints, a folder each."""
         return self.path / "checkpoints"
+
+    @property
+    def ending(self) -> str | None:
+        """How the run ended, in words; None for one that has not, or was killed."""
+        try:
+            summary = dict(json.loads(self.summary_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+        error = summary.get("error")
+        return f"its run {summary.get('status')}{f', {error}' if error else ''}"
 
     @property
     def holds_checkpoint(self) -> bool:

@@ -76,6 +76,20 @@ Batch: TypeAlias = list[tuple[Request, int]]
 """Requests, each with the number of its rows that are in the batch."""
 
 
+def checked_size(name: str, size: int) -> int:
+    """A number of rows, as it is.
+
+    Raises:
+        TypeError: It is no int.
+        ValueError: It is below 1.
+    """
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{name} must be an int, not {size!r}")
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, not {size}")
+    return size
+
+
 class BatchQueue:
     """Requests in the order of their arrival, who may add to them, and when the oldest are to be flushed.
 
@@ -95,10 +109,11 @@ class BatchQueue:
     """
 
     def __init__(self, max_batch_size: int | None, min_batch_size: int, max_wait_time: float | None) -> None:
-        if min_batch_size < 1:
-            raise ValueError(f"min_batch_size must be at least 1, not {min_batch_size}")
-        if max_batch_size is not None and max_batch_size < min_batch_size:
+        checked_size("min_batch_size", min_batch_size)
+        if max_batch_size is not None and checked_size("max_batch_size", max_batch_size) < min_batch_size:
             raise ValueError(f"max_batch_size = {max_batch_size} is below min_batch_size = {min_batch_size}")
+        if isinstance(max_wait_time, bool) or not isinstance(max_wait_time, int | float | None):
+            raise TypeError(f"max_wait_time must be None or a number of seconds, not {max_wait_time!r}")
         if max_wait_time is not None and not 0 <= max_wait_time < math.inf:
             raise ValueError(f"max_wait_time must be None or a number of seconds from 0 up, not {max_wait_time}")
         self.max_batch_size = max_batch_size

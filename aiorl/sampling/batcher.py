@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from aiorl.errors import BatcherClosed, BatcherError, MalformedRows
 from aiorl.sampling import rows as rowwise
-from aiorl.sampling.batch_queue import BatchQueue, Request
+from aiorl.sampling.batch_queue import BatchQueue, Request, checked_size
 from aiorl.sampling.inference import Inference
 from aiorl.sampling.producer import Producer
 from aiorl.sampling.rows import Rows
@@ -98,7 +98,7 @@ class MicroBatcher:
         name: For messages and the name of the task.
 
     Raises:
-        ValueError: A size below 1, a minimum above the maximum, or a time that is negative or not finite.
+        TypeError, ValueError: A size is no int from 1 up, the minimum above the maximum, or the time no finite number from 0 up.
     """
 
     def __init__(
@@ -176,10 +176,10 @@ class MicroBatcher:
         """Changes the maximum from the next batch on. It may be below the minimum, which only holds back the time rule.
 
         Raises:
-            ValueError: It is below 1.
+            TypeError, ValueError: It is no int, or below 1.
         """
-        if max_batch_size is not None and max_batch_size < 1:
-            raise ValueError(f"max_batch_size must be None or at least 1, not {max_batch_size}")
+        if max_batch_size is not None:
+            checked_size("max_batch_size", max_batch_size)
         self._queue.max_batch_size = max_batch_size
         self._pump()
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiorl.environments.spaces import EnvironmentSpec
 from aiorl.errors import ConfigError, Fault
-from aiorl.section import UnknownName, load_object
+from aiorl.section import UnknownName, load_object, translated
 from aiorl.tasks.config import TaskConfig
 from aiorl.tasks.hooks import HOOK_NAMES, Callback, HookName, Hooks, State
 
@@ -258,13 +258,15 @@ def build_task(config: TaskConfig) -> ReinforcementLearningTask:
     `aiorl.tasks.config.TaskConfig`; otherwise the table's further keys are in ``config.options``.
 
     Raises:
-        ConfigError: The name is unknown, cannot be imported, or names something else than a task.
+        ConfigError: The name is unknown, cannot be imported, raises when it is called, or names something else than a
+            task.
     """
     try:
         factory = load_object(_BUILT_IN.get(config.name, config.name))
     except UnknownName as error:
         raise ConfigError([Fault("task.name", error.message, f'"{config.name}"', error.remedy)]) from error
-    task = factory(config) if callable(factory) else factory
+    with translated("task.name", config.name, "cannot be constructed"):
+        task = factory(config) if callable(factory) else factory
     if not isinstance(task, ReinforcementLearningTask):
         remedy = "name a subclass of aiorl.tasks.base.ReinforcementLearningTask"
         raise ConfigError([Fault("task.name", "is no task", f'"{config.name}"', remedy)])

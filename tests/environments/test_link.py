@@ -4,14 +4,16 @@ import asyncio
 import os
 import socket
 import stat
+import tempfile
 import threading
-from contextlib import closing
+import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 import zmq
 
-from aiorl.environments.link import LinkServer, WorkerLink, check_endpoint
+from aiorl.environments.link import LinkServer, WorkerLink, check_endpoint, sweep
 from aiorl.environments.wire import Reset, Stop, encode
 from aiorl.errors import ConfigError
 
@@ -125,6 +127,53 @@ async def test_the_private_folder_is_private_and_short_lived() -> None:
     server.close()
 
 
+def left_behind(folder: Path, *, age_s: float, listens: bool = False) -> socket.socket:
+    """A private folder, of which the socket is returned, so that the test closes it."""
+    folder.mkdir(0o700)
+    end = socket.socket(socket.AF_UNIX)
+    end.bind(str(folder / "link"))
+    if listens:
+        end.listen(0)
+    made_at = time.time() - age_s
+    os.utime(folder, (made_at, made_at))
+    return end
+
+
+def test_only_what_killed_runs_left_is_swept(tmp_path: Path) -> None:
+    with ExitStack() as sockets:
+        for name, age_s, listens in (
+            ("aiorl-dead", 61, False),
+            ("aiorl-live", 3600, True),
+            ("aiorl-full", 3600, True),
+            ("aiorl-young", 30, False),
+            ("other-dead", 3600, False),
+        ):
+            sockets.enter_context(left_behind(tmp_path / name, age_s=age_s, listens=listens))
+        waiting = sockets.enter_context(socket.socket(socket.AF_UNIX))
+        waiting.connect(str(tmp_path / "aiorl-full" / "link"))  # its backlog is full
+        (tmp_path / "aiorl-mine").mkdir()
+        (tmp_path / "aiorl-mine" / "link").write_text("precious")
+        (tmp_path / "aiorl-file").write_text("precious")
+        (tmp_path / "aiorl-link").symlink_to(tmp_path / "other-dead")
+        for name in ("aiorl-mine", "aiorl-file"):
+            os.utime(tmp_path / name, (0, 0))
+        os.utime(tmp_path / "aiorl-link", (0, 0), follow_symlinks=False)
+        before = {entry.name for entry in tmp_path.iterdir()}
+        sweep(tmp_path)
+        assert before - {entry.name for entry in tmp_path.iterdir()} == {"aiorl-dead"}
+        assert (tmp_path / "other-dead" / "link").is_socket()
+    sweep(tmp_path / "missing")
+    sweep(tmp_path / "aiorl-file")
+
+
+async def test_a_new_private_folder_takes_the_place_of_dead_ones() -> None:
+    with tempfile.TemporaryDirectory(prefix="aiorl-", dir="/tmp") as folder:
+        left_behind(Path(folder) / "x", age_s=3600).close()
+        dead = (Path(folder) / "x").rename(f"{folder}dead")
+        with closing(listen("auto", Inbox())):
+            assert not dead.exists()
+
+
 async def test_a_temporary_folder_of_a_long_name_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = tmp_path / ("x" * 100)
     long.mkdir()
@@ -166,6 +215,8 @@ def test_addresses_that_cannot_be_listened_on_are_refused(tmp_path: Path) -> Non
     assert "No such file" in refused(f"ipc://{tmp_path}/missing/link")
     assert "longer" in refused(f"ipc://{tmp_path}/{'x' * 108}")
     assert "other machines" in refused("tcp://0.0.0.0:5555")
+    for port in (65536, 99999):  # of which ZeroMQ takes the lower 16 bits
+        assert "port above 65535" in refused(f"tcp://127.0.0.1:{port}")
     assert "cannot be listened on" in refused("tcp://127.0.0.1:notaport")
     check_endpoint("auto")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from aiorl.environments.local import LocalWorkers, open_local
-from aiorl.environments.make import EnvironmentGroup, Group, seed_of
+from aiorl.environments.make import EnvironmentGroup, Group, load, seed_of
 from aiorl.environments.spaces import EnvironmentSpec
 from aiorl.errors import EnvironmentRaised
 
@@ -55,18 +55,54 @@ async def test_awaitable_environments_do_what_others_do() -> None:
     await plain.aclose()
 
 
+CAUSES = {
+    "raise": "ValueError: the bridge is out",
+    "sys.exit": "SystemExit: 9",
+    "interrupt": "KeyboardInterrupt",  # as if nobody had pressed Ctrl-C
+    "cancel": "asyncio.exceptions.CancelledError",  # as libraries leak it
+}
+
+
+@pytest.mark.parametrize("misbehave", CAUSES)
 @pytest.mark.parametrize("identifier", ["walks:Walk", "walks:AwaitableWalk"])
 @pytest.mark.parametrize("where", ["constructor", "reset", "step"])
-async def test_what_an_environment_raises_is_told(identifier: str, where: str) -> None:
+async def test_what_an_environment_raises_is_told(identifier: str, where: str, misbehave: str) -> None:
     async def run() -> None:
-        workers = await opened(identifier, misbehave="raise", where=where, at_step=1)
+        workers = await opened(identifier, misbehave=misbehave, where=where, at_step=1)
         await play(workers.groups[0], 1)
 
-    with pytest.raises(EnvironmentRaised, match="the bridge is out") as caught:
+    with pytest.raises(EnvironmentRaised) as caught:
         await run()
-    assert (caught.value.where, caught.value.cause) == (where, "ValueError: the bridge is out")
+    assert (caught.value.where, caught.value.cause) == (where, CAUSES[misbehave])
     assert "walks.py" in caught.value.traceback_text
-    assert isinstance(caught.value.__cause__, ValueError)
+
+
+async def test_a_cancellation_that_an_environment_leaks_ends_its_siblings() -> None:
+    workers = await opened("walks:AwaitableWalk", [(2,)], misbehave="cancel", at_step=1)
+    with pytest.RaisesGroup(EnvironmentRaised):
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(play(workers.groups[0], 1))
+            tasks.create_task(workers.watch())
+    await workers.aclose()
+
+
+@pytest.mark.parametrize("identifier", ["walks:Odd", "walks:AwaitableOdd"])
+@pytest.mark.parametrize(
+    ("kwargs", "told"),
+    [
+        ({"reward": None}, "environment 4 gave the reward None, which is not a number"),
+        ({"shape": (3,), "where": "step"}, r"environment 4 gave an observation of shape \(3,\)"),
+        ({"shape": (3,), "where": "end"}, r"environment 4 gave an observation of shape \(3,\)"),
+        ({"shape": (2, 2), "where": "autoreset"}, r"environment 4 gave an observation of shape \(2, 2\)"),
+    ],
+)
+async def test_what_is_no_observation_or_reward_is_told(identifier: str, kwargs: dict[str, Any], told: str) -> None:
+    workers = await opened(identifier, only_seed=seed_of(7, 4, 2), **kwargs)
+    with pytest.raises(EnvironmentRaised, match=told) as caught:
+        for group in workers.groups:
+            await play(group, 20)
+    assert caught.value.where == "step"
+    await workers.aclose()
 
 
 async def test_a_cancelled_step_of_an_awaitable_environment_asks_for_a_reset() -> None:
@@ -85,11 +121,26 @@ async def test_a_cancelled_step_of_an_awaitable_environment_asks_for_a_reset() -
     await workers.aclose()
 
 
-async def test_closing_goes_on_after_one_raises(caplog: pytest.LogCaptureFixture) -> None:
-    workers = await opened(misbehave="raise", where="close", sizes=[(1,)])
+@pytest.mark.parametrize("misbehave", CAUSES)
+@pytest.mark.parametrize("identifier", ["walks:Walk", "walks:AwaitableWalk"])
+async def test_closing_goes_on_after_one_raises(
+    identifier: str, misbehave: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    workers = await opened(identifier, misbehave=misbehave, where="close")
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         await workers.aclose()
-    assert "local worker 0 raised in close" in caplog.text
+    assert caplog.text.count(" raised in close") == len(workers.groups)
+
+
+async def test_a_first_look_does_not_wait_for_a_close_that_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        workers = await opened(misbehave="wait", where="close")
+    assert "walks:Walk was still closing after 0.2 s" in caplog.text
+    released = load("walks:RELEASED")
+    released.set()
+    await workers.aclose()
+    released.clear()
 
 
 async def test_a_cancelled_start_undoes_what_its_thread_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,10 +148,10 @@ async def test_a_cancelled_start_undoes_what_its_thread_made(monkeypatch: pytest
     loop = asyncio.get_running_loop()
 
     class Slow(EnvironmentGroup):
-        def __init__(self, spec: EnvironmentSpec, num_envs: int) -> None:
+        def __init__(self, spec: EnvironmentSpec, num_envs: int, first_env: int = 0) -> None:
             loop.call_soon_threadsafe(started.set)
             go_on.wait()
-            super().__init__(spec, num_envs)
+            super().__init__(spec, num_envs, first_env)
 
         def close(self) -> None:
             super().close()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -182,6 +183,17 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         group.step(np.zeros(3, np.int64))
     group.close()
+    group.close()
+
+
+@pytest.mark.parametrize("shape", [(3,), (5,), (2, 2), (1, 4), ()])
+@pytest.mark.parametrize("where", ["reset", "step", "end", "autoreset"])
+def test_an_observation_of_another_shape_is_refused(where: str, shape: tuple[int, ...]) -> None:
+    spec = EnvironmentSpec("walks:Odd", {"shape": shape, "where": where, "only_seed": SEEDS[1]})
+    group = EnvironmentGroup(spec, len(SEEDS), first_env=10)
+    told = f"environment 11 gave an observation of shape {shape}, and its space has shape (4,)"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        played(group, 60)
     group.close()
 
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import pytest
 
+from aiorl.environments.make import load
 from aiorl.environments.preflight import preflight
 from aiorl.environments.spaces import ArraySpec, EnvironmentSpec
 from aiorl.errors import ConfigError
@@ -31,6 +34,53 @@ def test_what_closing_raises_is_only_logged(caplog: pytest.LogCaptureFixture) ->
     assert "raised in close" in caplog.text
 
 
+@pytest.mark.parametrize("misbehave", ["sys.exit", "interrupt", "cancel"])
+def test_nothing_that_closing_raises_goes_further(misbehave: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        preflight(EnvironmentSpec("walks:AwaitableWalk", {"misbehave": misbehave, "where": "close"}))
+    assert "raised in close" in caplog.text
+
+
+def test_a_close_that_hangs_is_left_to_itself(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        preflight(EnvironmentSpec("walks:Walk", {"misbehave": "wait", "where": "close"}), env_cleanup_time=0.05)
+    assert "walks:Walk was still closing after 0.05 s" in caplog.text
+    release()
+
+
+def test_ctrl_c_ends_the_wait_for_a_constructor_that_hangs() -> None:
+    waiting = load("walks:WAITING")
+
+    def press() -> None:
+        waiting.wait()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    waiting.clear()
+    threading.Thread(target=press).start()
+    with pytest.raises(KeyboardInterrupt):
+        preflight(EnvironmentSpec("walks:Walk", {"misbehave": "wait", "where": "constructor"}))
+    release()
+
+
+def release() -> None:
+    """Lets what waits go on, and waits for its end."""
+    released = load("walks:RELEASED")
+    released.set()
+    for thread in threading.enumerate():
+        if thread.name == "aiorl specimen":
+            thread.join()
+    released.clear()
+
+
+def test_awaitable_environments_are_for_the_trainer_s_own_loop() -> None:
+    with pytest.raises(ConfigError) as caught:
+        preflight(EnvironmentSpec("walks:AwaitableWalk"), num_env_workers=2)
+    (fault,) = caught.value.faults
+    assert (fault.path, fault.value, fault.remedy) == ("task.environment.num_env_workers", "2", "set it to 0")
+    assert "walks:AwaitableWalk is awaitable" in fault.message
+    assert not preflight(EnvironmentSpec("walks:Walk"), num_env_workers=2).is_awaitable
+
+
 RAISES: dict[str, Any] = {"misbehave": "raise", "where": "constructor"}
 
 
@@ -45,6 +95,7 @@ RAISES: dict[str, Any] = {"misbehave": "raise", "where": "constructor"}
         (EnvironmentSpec("builtins:dict"), "id", "is no environment", ""),
         (EnvironmentSpec("walks:Walk", RAISES), "id", "ValueError: the bridge is out", ""),
         (EnvironmentSpec("walks:Walk", RAISES | {"misbehave": "sys.exit"}), "id", "SystemExit: 9", ""),
+        (EnvironmentSpec("walks:Walk", RAISES | {"misbehave": "interrupt"}), "id", "KeyboardInterrupt", ""),
         (EnvironmentSpec("walks:Walk", {"colour": 1}), "kwargs", "'colour'", "constructor"),
         (EnvironmentSpec("walks:Nested"), "id", "observation space Dict", "wrap"),
         (EnvironmentSpec("CartPole-v1", register=("json", "no_such")), "register[1]", "No module named 'no_such'", ""),

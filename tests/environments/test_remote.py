@@ -38,9 +38,9 @@ class Bench:
     """A worker of two groups of three environments, of incarnation 4, and what is sent to it."""
 
     def __init__(self, *, ready: bool = True) -> None:
-        setup = Setup(4, EnvironmentSpec("walks:Walk"), (3, 3), tuple(range(6)))
+        setup = Setup(4, EnvironmentSpec("walks:Walk"), (3, 3), tuple(range(6)), 6)
         self.sent: list[Message] = []
-        self.worker = RemoteWorker(1, setup, first_env=6, token=TOKEN, send=self._send)
+        self.worker = RemoteWorker(1, setup, token=TOKEN, send=self._send)
         if ready:
             self.give(Hello(4, PROTOCOL_VERSION, 1, TOKEN))
             self.give(Ready(4, INFO, 1))

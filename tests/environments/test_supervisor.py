@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,6 +183,24 @@ async def test_sys_exit_in_an_environment_is_reported_like_any_exception() -> No
         assert isinstance(await lost(workers.groups[0]), EnvironmentRaised)
         with pytest.raises(EnvironmentRaised, match="SystemExit: 9"):
             await workers.watch()
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"env_worker_mode": "thread"}, {"num_env_workers": 0, "envs_per_worker": 6}, {"force_sync": True}]
+)
+async def test_an_environment_is_named_alike_wherever_it_is(config: dict[str, Any]) -> None:
+    kwargs = {"shape": [3], "where": "step", "only_seed": seed_of(5, 4, 0)}
+    told = r"environment 4 gave an observation of shape \(3,\), and its space has shape \(4,\)"
+    with pytest.RaisesGroup(pytest.RaisesExc(EnvironmentRaised, match=told), allow_unwrapped=True):
+        async with workers_of("walks:Odd", kwargs, **config) as workers, asyncio.TaskGroup() as tasks:
+            tasks.create_task(workers.watch())
+            for group in workers.groups:
+                tasks.create_task(play_unless_lost(group))
+
+
+async def play_unless_lost(group: Group) -> None:
+    with suppress(GroupLost):
+        await play(group, 30)
 
 
 async def test_a_process_that_ends_is_the_cause() -> None:

@@ -42,7 +42,7 @@ TICK = Tick(
 )
 MESSAGES: list[Message] = [
     Hello(3, 1, 2, b"0123456789abcdef"),
-    Setup(0, SPEC, (2, 1), (5, 6, 7)),
+    Setup(0, SPEC, (2, 1), (5, 6, 7), 3),
     Ready(1, INFO, 4711),
     Ready(1, replace(INFO, max_episode_steps=500, autoreset="same_step", is_awaitable=True), 1),
     Reset(0, 1, 17),
@@ -112,7 +112,7 @@ def test_of_a_long_text_the_end_is_sent() -> None:
 )
 def test_what_cannot_be_sent_is_refused_by_its_path(message: EnvironmentSpec, match: str) -> None:
     with pytest.raises(MalformedMessage, match=match):
-        encode(Setup(0, message, (1,), (1,)))
+        encode(Setup(0, message, (1,), (1,), 0))
 
 
 def test_negative_and_boolean_integers_are_refused() -> None:

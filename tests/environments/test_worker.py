@@ -99,7 +99,7 @@ class Trainer:
 
     def build(self, **kwargs: Any) -> None:
         assert self.receive() == Hello(2, 1, 3, TOKEN)
-        self.send(Setup(2, EnvironmentSpec("walks:Walk", kwargs), (1,), (7,)))
+        self.send(Setup(2, EnvironmentSpec("walks:Walk", kwargs), (1,), (7,), 0))
         assert isinstance(self.receive(), Ready)
 
     def drop_lifeline(self) -> None:
@@ -181,7 +181,7 @@ def test_what_environments_raise_in_close_is_printed_and_goes_no_further(capsys:
         thread = threading.Thread(target=serve, args=(context, "inproc://trainer"), kwargs=options)
         thread.start()
         spec = EnvironmentSpec("walks:Walk", {"misbehave": "raise", "where": "close"})
-        for message in (Setup(0, spec, (1, 1), (1, 2)), Stop(0)):
+        for message in (Setup(0, spec, (1, 1), (1, 2), 0), Stop(0)):
             router.recv_multipart()
             router.send_multipart([b"w", *encode(message)])
         thread.join()

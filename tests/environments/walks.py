@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 Row: TypeAlias = NDArray[np.float64]
 Outcome: TypeAlias = tuple[Row, float, bool, bool, dict[str, Any]]
 
-RELEASED = threading.Event()
-"""Ends what ``misbehave = "wait"`` waits for, in this process."""
+WAITING, RELEASED = threading.Event(), threading.Event()
+"""Set by what ``misbehave = "wait"`` makes wait, and ends that, in this process."""
 
 
 class Walk(gymnasium.Env[Any, Any]):
@@ -66,7 +66,12 @@ class Walk(gymnasium.Env[Any, Any]):
         elif self._misbehave == "spin":
             while True:
                 pass
+        elif self._misbehave == "cancel":
+            raise asyncio.CancelledError
+        elif self._misbehave == "interrupt":
+            raise KeyboardInterrupt
         elif self._misbehave == "wait":
+            WAITING.set()
             RELEASED.wait()
 
     def _observe(self) -> Row:
@@ -171,7 +176,37 @@ class AwaitableWalk:
 
     async def close(self) -> None:
         await asyncio.sleep(0)
+        self._walk.close()
         self.closed = True
+
+
+class Odd(Walk):
+    """Pays ``reward``, or observes something of another shape: first in ``where``, and where ``only_seed`` was given."""
+
+    def __init__(self, *, shape: tuple[int, ...] = (), reward: Any = 1.0, where: str = "", only_seed: int = -1) -> None:
+        super().__init__()
+        self._shape, self._reward, self._where, self._only_seed = tuple(shape), reward, where, only_seed
+
+    def _odd(self, where: str, observation: Row) -> Row:
+        return np.zeros(self._shape) if self._seed == self._only_seed and where == self._where else observation
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Row, dict[str, Any]]:
+        observation, info = super().reset(seed=seed, options=options)
+        return self._odd("reset" if seed is not None else "autoreset", observation), info
+
+    def step(self, action: int) -> Outcome:
+        observation, _, terminated, truncated, info = super().step(action)
+        where = "end" if terminated or truncated else "step"
+        reward = self._reward if self._seed == self._only_seed else 1.0
+        return self._odd(where, observation), reward, terminated, truncated, info
+
+
+class AwaitableOdd(AwaitableWalk):
+    """The same with coroutines."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self._walk = Odd(**kwargs)
 
 
 class Doubled(gymnasium.RewardWrapper[Row, int]):

@@ -109,7 +109,7 @@ class Process:
 
 
 @contextmanager
-def running(exp_dir: Path, *overrides: str) -> Iterator[Process]:
+def running(exp_dir: Path, *overrides: str, cwd: Path | None = None) -> Iterator[Process]:
     """A run that goes on until the body ends it; killed where it does not."""
     command = arguments(exp_dir, "logger.interval_s=0.01", *overrides)
     with subprocess.Popen(
@@ -118,6 +118,7 @@ def running(exp_dir: Path, *overrides: str) -> Iterator[Process]:
         stderr=subprocess.STDOUT,
         text=True,
         env=environ(exp_dir),
+        cwd=cwd,
         start_new_session=True,
     ) as process:
         run = Process(exp_dir, process)

@@ -168,6 +168,25 @@ def test_a_run_that_is_another_one_is_not_gone_on_with(tmp_path: Path) -> None:
     refused(done, "holds no checkpoint to resume")
 
 
+@pytest.mark.parametrize("verb", ["check", "run"])
+def test_what_a_run_could_not_use_is_found_before_anything_starts(tmp_path: Path, verb: str) -> None:
+    (tmp_path / "own.py").write_text(
+        "from aiorl.tasks.ppo import PPO\n\n\nclass Own(PPO):\n"
+        "    def __init__(self, config):\n        raise OSError('no task today')\n"
+    )
+    sets = ["trainer.exp_dir=/proc/x", "trainer.checkpoint.load_from_ckpt_path=nope", "task.name=own:Own"]
+    refused(
+        aiorl(tmp_path, verb, *(part for each in sets for part in ("--set", each))),
+        "the configuration has 3 faults:",
+        'trainer.exp_dir = "/proc/x": ',
+        'trainer.checkpoint.load_from_ckpt_path = "nope": nope is no checkpoint',
+        'task.name = "own:Own": cannot be constructed: OSError: no task today',
+        'own.py", line 6, in __init__',
+    )
+    refused(aiorl(tmp_path, verb, "--set", "trainer.log_dir_name=checkpoints"), "trainer.log_dir_name")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["own.py"]
+
+
 def test_a_program_error_keeps_its_traceback(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "from aiorl.tasks.ppo import PPO\n\n\nclass Own(PPO):\n"

@@ -6,6 +6,8 @@ import itertools
 import os
 import signal
 import subprocess
+import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import psutil
@@ -119,3 +121,53 @@ def test_a_stopped_run_is_gone_on_with(tmp_path: Path) -> None:
     lines = metrics(tmp_path)
     assert [line["epoch"] for line in lines] == list(range(1, after["num_epochs"] + 1))
     assert all(a["time_s"] < b["time_s"] for a, b in itertools.pairwise(lines))
+
+
+@pytest.mark.parametrize("num_interrupts", [1, 2])
+def test_a_constructor_that_does_not_come_back_holds_nobody_up(tmp_path: Path, num_interrupts: int) -> None:
+    (tmp_path / "own.py").write_text(
+        "import time\nfrom aiorl.models.mlp import MLP\n\n\nclass Slow(MLP):\n"
+        "    def __init__(self, *arguments):\n        print('constructing', flush=True)\n        time.sleep(600)\n"
+    )
+    with running(tmp_path / "run", "model.name=own:Slow", cwd=tmp_path) as run:
+        run.wait_for("constructing")
+        started = time.monotonic()
+        for _ in range(num_interrupts):
+            os.kill(run.process.pid, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                run.process.wait(0.2)
+        assert run.end() == 130, run.text
+        assert time.monotonic() - started < (1.0 if num_interrupts == 2 else 3.0)
+    assert run.text.splitlines()[-1] == "stopped at once"
+    assert "Traceback" not in run.text
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_update_that_does_not_come_back_holds_nobody_up(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import time\nfrom aiorl.tasks.ppo import PPO\n\n\nclass Slow(PPO):\n"
+        "    def compute_loss(self, *arguments):\n        print('learning', flush=True)\n        time.sleep(600)\n"
+    )
+    with running(tmp_path / "run", *ENDLESS, "task.name=own:Slow", cwd=tmp_path) as run:
+        run.wait_for("learning")
+        workers = psutil.Process(run.process.pid).children()
+        for _ in range(3):
+            os.kill(run.process.pid, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                run.process.wait(0.2)
+        assert run.end() == 130, run.text
+        assert psutil.wait_procs(workers, timeout=5)[1] == []
+    assert run.text.splitlines()[-1] == "stopped at once"
+    assert "Traceback" not in run.text
+
+
+def test_interrupts_while_the_process_ends_change_nothing(tmp_path: Path) -> None:
+    with running(tmp_path, *ENDLESS) as run:
+        run.wait_for_epoch()
+        os.kill(run.process.pid, signal.SIGTERM)
+        run.wait_for("to go on: ")
+        while run.process.poll() is None:
+            os.kill(run.process.pid, signal.SIGINT)
+            time.sleep(0.002)
+        assert run.end() == 143, run.text
+    assert "Traceback" not in run.text

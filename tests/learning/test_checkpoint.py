@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from aiorl.errors import CheckpointCorrupt, CheckpointError, CheckpointMissing
-from aiorl.learning.checkpoint import CheckpointStore, load_weights
+from aiorl.learning.checkpoint import CheckpointStore, check_weights, load_weights
 from aiorl.learning.snapshot import Buffers, Contents, Snapshot
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def flip_a_bit(path: Path) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
+    (tmp_path / "run").mkdir()
     return CheckpointStore(tmp_path / "run" / "checkpoints", only_most_recent=False)
 
 
@@ -359,6 +360,7 @@ async def test_a_folder_under_a_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot save a checkpoint in .*file/checkpoints: Not a directory"):
         await store.save(buffers.copy(filled(1)))
     (tmp_path / "file").unlink()  # whoever was in the way is gone, and the next save tries again
+    (tmp_path / "file").mkdir()
     assert is_filled(store.load(await store.save(buffers.copy(filled(2)))).contents, 2)
 
 
@@ -494,3 +496,27 @@ async def test_files_have_the_modes_of_the_umask(store: CheckpointStore) -> None
     (path.parent / "plain").write_text("")
     expected = (path.parent / "plain").stat().st_mode
     assert {(path / name).stat().st_mode for name in FILES} == {expected}
+
+
+async def test_a_run_folder_that_was_removed_stays_so(store: CheckpointStore) -> None:
+    await store.save(snapshot(1))
+    shutil.rmtree(store.folder.parent)
+    with pytest.raises(CheckpointError, match=f"{store.folder.parent} is gone$"):
+        await store.save(snapshot(2))
+    assert not store.folder.parent.exists()
+
+
+async def test_weights_are_looked_at_without_reading_them(store: CheckpointStore, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointMissing, match="is no checkpoint"):
+        check_weights(tmp_path / "nowhere")
+    path = await store.save(snapshot(1))
+    for place in (store.folder.parent, store.folder, path, path / "model.safetensors"):
+        check_weights(place)
+    data = (path / "model.safetensors").read_bytes()
+    for damaged, message in ((data[:-1], "no weights|bytes"), (data + b"x", "no weights|bytes"), (b"", "no weights")):
+        (path / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(CheckpointCorrupt, match=message):
+            check_weights(path)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointCorrupt, match="cannot be read"):
+        check_weights(path)

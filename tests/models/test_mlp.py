@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -184,6 +185,7 @@ def test_build_by_name() -> None:
 def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_models_of_test_mlp.py").write_text(
         "import torch\n"
+        "from aiorl.errors import UnsupportedSpace\n"
         "from aiorl.compute.distributions import Categorical\n"
         "from aiorl.models.base import Model\n"
         "from aiorl.models.mlp import MLP\n"
@@ -199,6 +201,15 @@ def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "    pass\n"
         "def not_a_model(info):\n"
         "    return 7\n"
+        "class Raising(Wider):\n"
+        "    def __init__(self, *arguments):\n"
+        "        raise OSError('no weights today')\n"
+        "class Leaving(Wider):\n"
+        "    def __init__(self, *arguments):\n"
+        "        raise SystemExit('off')\n"
+        "class Choosy(Wider):\n"
+        "    def __init__(self, *arguments):\n"
+        "        raise UnsupportedSpace('too round')\n"
         "number = 7\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -234,9 +245,24 @@ def test_a_subclass_of_a_built_in_model_takes_its_section() -> None:
         ({"name": "own_models_of_test_mlp:Constant", "levle": 1}, "model", "levle"),
         ({"name": "own_models_of_test_mlp:not_a_model"}, "model.name", "is no model"),
         ({"name": "own_models_of_test_mlp:number"}, "model.name", "is no model"),
+        ({"name": "own_models_of_test_mlp:Leaving"}, "model.name", "cannot be constructed: SystemExit: off"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_a_fault(table: dict[str, Any], path: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         build_model(OpenModelConfig.model_validate(table), environment())
     assert [fault.path for fault in caught.value.faults] == [path]
+
+
+@pytest.mark.usefixtures("own_models")
+def test_a_constructor_that_raises_is_a_fault_that_tells_where() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_model(MLPConfig(name="own_models_of_test_mlp:Raising"), environment())
+    (fault,) = caught.value.faults
+    assert fault.path == "model.name"
+    head, place, line = fault.message.splitlines()
+    assert head == "cannot be constructed: OSError: no weights today"
+    assert re.search(r'own_models_of_test_mlp\.py", line \d+, in __init__$', place)
+    assert line.strip() == "raise OSError('no weights today')"
+    with pytest.raises(UnsupportedSpace, match="too round"):
+        build_model(MLPConfig(name="own_models_of_test_mlp:Choosy"), environment())

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from aiorl.errors import ConfigError, RunFolderBusy, RunFolderError
+from aiorl.learning.config import RUN_FOLDER_NAMES
 from aiorl.monitoring.folder import RunFolder, dump_json, log_to
 from aiorl.monitoring.metrics import EpochRecord
 
@@ -87,14 +88,51 @@ def test_a_name_too_long_is_a_fault(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_a_folder_that_cannot_be_written_is_a_fault() -> None:
     # Not even root makes a folder in /proc, whatever its mode bits say.
-    with pytest.raises(ConfigError, match=r"/proc/aiorl cannot be made|/proc cannot be written"):
-        RunFolder.create("/proc/aiorl", "pole")
+    for exp_dir in ("/proc/aiorl", "/proc"):
+        (fault,) = RunFolder.faults(exp_dir, "pole")
+        assert fault.path == "trainer.exp_dir"
+        with pytest.raises(ConfigError, match=f"{exp_dir} cannot be (made|written)"):
+            RunFolder.create(exp_dir, "pole")
+
+
+def test_looking_for_faults_leaves_nothing(tmp_path: Path) -> None:
+    assert RunFolder.faults(str(tmp_path / "a" / "b"), "pole") == []
+    assert RunFolder.faults(str(tmp_path), "pole") == []
+    (fault,) = RunFolder.faults(str(tmp_path / ("x" * 300)), "pole")
+    assert "too long" in fault.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tilde_is_the_home_for_whoever_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder.named("~/run").path == tmp_path / "run" == RunFolder.create("~/run", "pole").path
+
+
+def test_logs_may_not_take_the_name_of_another_file(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    files = (folder.config_file, folder.provenance_file, folder.metrics_file, folder.summary_file, folder.checkpoints)
+    assert sorted(path.name for path in files) == sorted(RUN_FOLDER_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("summary", "told"),
+    [
+        (None, None),
+        ({"status": "finished", "error": None}, "its run finished"),
+        ({"status": "failed", "error": "OSError: no disk"}, "its run failed, OSError: no disk"),
+    ],
+)
+def test_how_a_run_ended(tmp_path: Path, summary: dict[str, str] | None, told: str | None) -> None:
+    folder = RunFolder(tmp_path)
+    if summary is not None:
+        folder.write_summary(summary)
+    assert folder.ending == told
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_folder_without_permission_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(ConfigError, match="locked cannot be written"):
+    with pytest.raises(ConfigError, match="run cannot be made: Permission denied"):
         RunFolder.create(str(tmp_path / "locked" / "run"), "pole")
 
 

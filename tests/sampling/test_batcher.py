@@ -386,7 +386,7 @@ async def test_a_producer_is_refused_what_it_cannot_do() -> None:
     [
         ({"min_batch_size": 0}, "min_batch_size must be at least 1"),
         ({"max_batch_size": 2, "min_batch_size": 3}, "max_batch_size = 2 is below min_batch_size = 3"),
-        ({"max_batch_size": 0}, "is below"),
+        ({"max_batch_size": 0}, "max_batch_size must be at least 1"),
         ({"max_wait_time": -1.0}, "max_wait_time"),
         ({"max_wait_time": math.inf}, "max_wait_time"),
         ({"max_wait_time": math.nan}, "max_wait_time"),
@@ -991,3 +991,16 @@ async def test_nothing_of_a_request_is_kept_after_its_answer_or_error() -> None:
             assert [ref() for ref in alive] == [None, None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("value", [2.5, True, "8"])
+@pytest.mark.parametrize("name", ["max_batch_size", "min_batch_size", "max_wait_time"])
+def test_a_size_is_an_int_and_a_time_a_number(name: str, value: Any) -> None:
+    if (name, value) == ("max_wait_time", 2.5):
+        return
+    with pytest.raises(TypeError, match=f"^{name} must be .*, not {value!r}$"):
+        MicroBatcher(lambda rows: rows, **{name: value})
+    if name == "max_batch_size":
+        batcher = MicroBatcher(lambda rows: rows, max_batch_size=8)
+        with pytest.raises(TypeError, match=f"^max_batch_size must be an int, not {value!r}$"):
+            batcher.set_max_batch_size(value)

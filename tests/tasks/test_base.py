@@ -138,6 +138,9 @@ def own_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "        return self.scale * output[1]\n"
         "class Tuned(PPO):\n"
         "    pass\n"
+        "class Raising(PPO):\n"
+        "    def __init__(self, config):\n"
+        "        raise OSError('no task today')\n"
         "number = 7\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -168,6 +171,10 @@ def test_a_subclass_of_ppo_takes_its_section() -> None:
         ("no_such_module:Name", "cannot be imported"),
         ("own_tasks_of_test_base:Scale", 'did you mean "Scaled"'),
         ("own_tasks_of_test_base:number", "is no task"),
+        (
+            "own_tasks_of_test_base:Raising",
+            r"OSError: no task today\n.*test_base\.py\", line \d+, in __init__\n.*raise",
+        ),
     ],
 )
 def test_a_task_that_cannot_be_built_is_a_fault(name: str, message: str) -> None:
