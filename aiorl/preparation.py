@@ -148,6 +148,7 @@ def restore(config: Config, folder: RunFolder, resume: Resume) -> Contents | Non
                     folder=folder.path,
                 )
         restored = CheckpointStore(folder.checkpoints, only_most_recent=True).load().contents
+    folder.summary_file.unlink(missing_ok=True)  # how an earlier part of the run ended
     folder.write_config(to_toml(config))
     folder.write_provenance()
     return restored

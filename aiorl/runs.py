@@ -21,12 +21,11 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from aiorl.compute.threads import in_thread
 from aiorl.config import with_values
 from aiorl.errors import AiorlError, ConfigError, Fault, first_cause
 from aiorl.session import Session
+from aiorl.settings import is_changeable, with_field
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from aiorl.preparation import Resume
     from aiorl.session import Outcome
     from aiorl.tasks.base import Callback, ReinforcementLearningTask
-    from aiorl.tasks.config import TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -239,12 +237,12 @@ class Run:
         """
         if self._ended.is_set():
             raise AiorlError(f"{path} cannot be changed: the run has ended")
-        if not _changeable(path):
+        if not is_changeable(path):
             remedy = "stop the run, and resume it with the other value"
             raise ConfigError([Fault(path, "cannot be changed while a run goes on", repr(value), remedy, "Run.set")])
         if path.startswith("task."):
             task = self._training.parts.task
-            section = _with_field(task.config, path.removeprefix("task."), value)
+            section = with_field(task.config, path.removeprefix("task."), value)
             own = task.config == self.config.task
             task.reconfigure(section)
             if own:
@@ -288,29 +286,6 @@ class Run:
         for step in path.split("."):
             value = getattr(value, step, None)
         return value
-
-
-_CHANGEABLE = frozenset(
-    {
-        "optimizer.lr",
-        "trainer.max_epochs",
-        "trainer.max_steps",
-        "trainer.max_samples",
-        "trainer.max_seconds",
-        "trainer.target_return",
-        "trainer.drain_timeout",
-        "trainer.clip_grad_norm",
-        "trainer.max_consecutive_skips",
-        "trainer.checkpoint.save_every_n_steps",
-        "trainer.checkpoint.save_every_n_seconds",
-    }
-)
-_FIXED_OF_TASK = frozenset({"task.name", "task.minibatch_size"})
-
-
-def _changeable(path: str) -> bool:
-    own = path.startswith("task.") and not path.startswith("task.environment") and path not in _FIXED_OF_TASK
-    return own or path in _CHANGEABLE
 
 
 def import_torch() -> tuple[Any, Any]:
@@ -395,15 +370,3 @@ async def open_run(
             if asyncio.current_task().cancelling():  # type: ignore[union-attr] # an outside cancellation that met a failure
                 raise asyncio.CancelledError from cause
             raise cause from cause.__cause__
-
-
-def _with_field(section: TaskConfig, name: str, value: Any) -> TaskConfig:
-    """The section with another value in one field, validated."""
-    try:
-        return type(section).model_validate({**section.values(), name: value})
-    except ValidationError as error:
-        faults = [
-            Fault(f"task.{name}", each["msg"], repr(value), "see docs/configuration.md", "Run.set")
-            for each in error.errors()
-        ]
-        raise ConfigError(faults) from error

@@ -268,7 +268,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         load_policy(folder)
     RunFolder(folder).write_summary({"status": "failed", "error": "NaNError: parameters are not finite: a"})
     with pytest.raises(
-        CheckpointMissing, match="no checkpoint: its run failed, NaNError: parameters are not finite: a$"
+        CheckpointMissing, match=r"no checkpoint: its run failed, NaNError: parameters are not finite: a$"
     ):
         load_policy(folder)
 

@@ -24,8 +24,8 @@ import torch
 
 from aiorl.errors import AiorlError, ChannelClosed, CheckpointError
 from aiorl.learning.optim import set_learning_rate
+from aiorl.learning.records import record_of
 from aiorl.learning.snapshot import Contents
-from aiorl.monitoring.metrics import EpisodeWindow, EpochRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from aiorl.compute.device import Placement
     from aiorl.learning.checkpoint import CheckpointStore
     from aiorl.learning.config import ReinforcementLearningTrainerConfig
-    from aiorl.learning.learner import Learner, Update
+    from aiorl.learning.learner import Learner
     from aiorl.learning.snapshot import Buffers, Snapshot
+    from aiorl.monitoring.metrics import EpisodeWindow, EpochRecord
     from aiorl.monitoring.sinks import Recorder
     from aiorl.sampling.batcher import BatcherStatistics, MicroBatcher
     from aiorl.sampling.channel import Channel
@@ -191,7 +192,10 @@ class Training:
         started = time.perf_counter()
         snapshot = await self._copy() if self._due() else None
         checkpoint_s = time.perf_counter() - started if snapshot is not None else None
-        record = self._record(sealed, update, batches, checkpoint_s)
+        now = time.monotonic()
+        epoch_s, self._epoch_ended_at = now - self._epoch_ended_at, now
+        before, self._batches = self._batches, batches
+        record = record_of(parts, sealed, update, (before, batches), epoch_s=epoch_s, checkpoint_s=checkpoint_s)
         await parts.recorder.record(record)
         if snapshot is not None:
             self._save(snapshot)  # after the record, so that metrics.jsonl reaches at least as far
@@ -216,50 +220,6 @@ class Training:
         if self.parts.task.is_training_over(state):
             return "the task says that training is over"
         return None
-
-    # ------------------------------------------------------------------ figures
-    def _record(
-        self, sealed: SealedEpoch, update: Update, batches: BatcherStatistics, checkpoint_s: float | None
-    ) -> EpochRecord:
-        parts, state = self.parts, self.parts.state
-        now = time.monotonic()
-        epoch_s, self._epoch_ended_at = now - self._epoch_ended_at, now
-        before, self._batches = self._batches, batches
-        num_batches = batches.num_batches - before.num_batches
-        flushes = {name: count - before.flushes[name] for name, count in batches.flushes.items()}
-        metrics: dict[str, Any] = {
-            **parts.window.metrics(),
-            **update.metrics,
-            **parts.system(),
-            "learner/policy_version": state.policy_version,
-            "sampling/samples_per_s": sealed.num_transitions / epoch_s if epoch_s > 0 else None,
-            "sampling/kept_rows": update.num_rows,
-            "sampling/dropped_rows": sealed.num_dropped,
-            "sampling/carried_rows": sealed.num_carried,
-            "sampling/late_rows": sealed.num_late,
-            "sampling/trajectories": update.num_trajectories,
-            "sampling/lag_mean": update.lag_mean,
-            "sampling/lag_max": update.lag_max,
-            "sampling/groups": parts.rollout.num_groups,
-            "sampling/ticks": sealed.num_ticks,
-            "sampling/batches": num_batches,
-            "sampling/batch_size_mean": (batches.num_rows - before.num_rows) / num_batches if num_batches else None,
-            "sampling/batch_size_max": batches.batch_rows.max,
-            "sampling/batch_wait_p50_s": batches.wait_s.p50,
-            "sampling/batch_wait_p99_s": batches.wait_s.p99,
-            "sampling/flushes_full": flushes["size"],
-            "sampling/flushes_time": flushes["time"],
-            "sampling/flushes_early": flushes["producers"],
-            "sampling/flushes_asked": flushes["flush"] + flushes["drain"],
-            "time/epoch_s": epoch_s,
-            "time/sample_s": sealed.sample_s,
-            "time/prepare_s": update.prepare_s,
-            "time/learn_s": update.learn_s,
-            "time/checkpoint_s": checkpoint_s,
-        }
-        return EpochRecord.make(
-            epoch=sealed.epoch, num_samples=state.num_samples, time_s=state.elapsed_time_s, metrics=metrics
-        )
 
     # ------------------------------------------------------------------ checkpoints
     def _due(self) -> bool:

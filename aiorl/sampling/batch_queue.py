@@ -112,7 +112,8 @@ class BatchQueue:
         checked_size("min_batch_size", min_batch_size)
         if max_batch_size is not None and checked_size("max_batch_size", max_batch_size) < min_batch_size:
             raise ValueError(f"max_batch_size = {max_batch_size} is below min_batch_size = {min_batch_size}")
-        if isinstance(max_wait_time, bool) or not isinstance(max_wait_time, int | float | None):
+        given: object = max_wait_time
+        if isinstance(given, bool) or not isinstance(given, int | float | None):
             raise TypeError(f"max_wait_time must be None or a number of seconds, not {max_wait_time!r}")
         if max_wait_time is not None and not 0 <= max_wait_time < math.inf:
             raise ValueError(f"max_wait_time must be None or a number of seconds from 0 up, not {max_wait_time}")

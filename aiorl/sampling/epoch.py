@@ -25,58 +25,18 @@ always be granted a step of the first epoch that is not full, and each group's s
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING
 
 from aiorl.errors import EpisodesTooShort
 from aiorl.sampling.decisions import Decision, Granted, Opened, Sealed
+from aiorl.sampling.ledger_state import EpochState, GrantedStep, GroupState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MEDIAN_WINDOW = 64
 _HOPELESS_EPOCHS = 10
-
-
-@dataclass(slots=True)
-class _Tick:
-    """One granted step of a group."""
-
-    serial: int
-    epoch: int
-    adds: int
-    dispatched_at: float | None = None
-    landed: bool = False
-    late: bool = False
-
-
-@dataclass(slots=True)
-class _Group:
-    """What the ledger knows of a group."""
-
-    ticks: deque[_Tick] = field(default_factory=deque)  # of unsealed epochs, oldest first
-    num_sealed: int = 0
-    wants: int | None = None  # rows that the step it waits for will add
-    gone: bool = False
-
-    @property
-    def outstanding(self) -> _Tick | None:
-        """Its granted step that has not landed."""
-        return self.ticks[-1] if self.ticks and not self.ticks[-1].landed else None
-
-
-@dataclass(slots=True)
-class _Epoch:
-    """One unsealed epoch."""
-
-    number: int
-    goal: int  # kept rows that complete it
-    landed: int = 0
-    granted: int = 0
-    num_outstanding: int = 0
-    dropped: int = 0
-    late: int = 0
 
 
 class EpochLedger:
@@ -92,10 +52,9 @@ class EpochLedger:
         self._num_epoch_samples = num_epoch_samples
         self._max_policy_lag = max_policy_lag
         self._late_ticks = late_ticks
-        self._groups: dict[int, _Group] = {}
-        self._epochs: deque[_Epoch] = (
-            deque()
-        )  # unsealed, in order; the last may not be open yet, begun by late rows alone
+        self._groups: dict[int, GroupState] = {}
+        # Unsealed, in order. The last may not be open yet, and begun by late rows alone.
+        self._epochs: deque[EpochState] = deque()
         self._waiting: deque[int] = deque()
         self._durations: deque[float] = deque(maxlen=_MEDIAN_WINDOW)
         self._serial = 0
@@ -148,7 +107,7 @@ class EpochLedger:
 
     def join(self, group: int) -> None:
         """Makes `group` known; it has no step outstanding."""
-        self._groups[group] = _Group()
+        self._groups[group] = GroupState()
 
     def leave(self, group: int) -> None:
         """`group` will not answer any more: its outstanding step no longer counts, what landed stays."""
@@ -286,7 +245,7 @@ class EpochLedger:
             return None
         return self._late_ticks * median(self._durations)
 
-    def _waited_for(self) -> Iterator[_Tick]:
+    def _waited_for(self) -> Iterator[GrantedStep]:
         """The outstanding steps of full epochs, late ones left out."""
         full = {epoch.number for epoch in self._epochs if epoch.num_outstanding and self._full(epoch)}
         if not full:
@@ -296,27 +255,27 @@ class EpochLedger:
             if tick is not None and not tick.late and tick.epoch in full:
                 yield tick
 
-    def _full(self, epoch: _Epoch) -> bool:
+    def _full(self, epoch: EpochState) -> bool:
         return epoch.landed + epoch.granted >= epoch.goal
 
-    def _epoch(self, number: int) -> _Epoch:
+    def _epoch(self, number: int) -> EpochState:
         return self._epochs[number - self._epochs[0].number]
 
-    def _first_not_full(self) -> _Epoch:
+    def _first_not_full(self) -> EpochState:
         """The epoch that a late step's rows belong to when they land, open or not."""
         for epoch in self._epochs:
             if not self._full(epoch):
                 return epoch
         return self._append()
 
-    def _append(self) -> _Epoch:
+    def _append(self) -> EpochState:
         """The epoch after all that are not sealed."""
         number = self._epochs[-1].number + 1 if self._epochs else self._num_opened + 1
-        epoch = _Epoch(number, self._num_epoch_samples)
+        epoch = EpochState(number, self._num_epoch_samples)
         self._epochs.append(epoch)
         return epoch
 
-    def _grantable(self) -> _Epoch | None:
+    def _grantable(self) -> EpochState | None:
         """The epoch that steps are granted for now: the first open one that is not full, else the next, if it may be opened.
 
         That one may be full by late rows already.
@@ -337,21 +296,21 @@ class EpochLedger:
         self.decisions.append(Opened(number))
         return epoch
 
-    def _grant(self, group: int, epoch: _Epoch, adds: int) -> None:
+    def _grant(self, group: int, epoch: EpochState, adds: int) -> None:
         self._serial += 1
         self._num_undispatched += 1
         epoch.granted += adds
         epoch.num_outstanding += 1
-        self._groups[group].ticks.append(_Tick(self._serial, epoch.number, adds))
+        self._groups[group].ticks.append(GrantedStep(self._serial, epoch.number, adds))
 
-    def _withdraw(self, tick: _Tick) -> None:
+    def _withdraw(self, tick: GrantedStep) -> None:
         """An outstanding step no longer counts as granted; its place is filled from the next epoch where that has begun."""
         epoch = self._epoch(tick.epoch)
         epoch.num_outstanding -= 1
         epoch.granted -= tick.adds
         self._fill(epoch)
 
-    def _fill(self, epoch: _Epoch) -> None:
+    def _fill(self, epoch: EpochState) -> None:
         """Takes the earliest steps of the next epoch over into `epoch` until it is full or none is left."""
         index = epoch.number - self._epochs[0].number + 1
         if self._full(epoch) or index >= len(self._epochs):
@@ -404,7 +363,7 @@ class EpochLedger:
             self.decisions.append(Granted(group, epoch.number))
         return False
 
-    def _seal(self, epoch: _Epoch) -> None:
+    def _seal(self, epoch: EpochState) -> None:
         boundaries = {}
         for key, member in self._groups.items():
             while member.ticks and member.ticks[0].epoch <= epoch.number and member.ticks[0].landed:
