@@ -299,6 +299,7 @@ def _train(
                 shown.enter_context(display)
             beside = _converse if with_console else None
             result = run_to_end(config, resume=resume, opened=opened, beside=beside, leaving=leave)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run is over and on disk: nothing is left to interrupt
     except AiorlError as error:
         if folder is not None:
             error.add_note(f"what it left is in {_shown(folder)}")
