@@ -95,6 +95,7 @@ class Training:
         self._stop_reason: str | None = None
         self._reason: str | None = None  # why it ends, once that is certain
         self._give_up: asyncio.TimerHandle | None = None
+        self._reserved = False  # the buffers of checkpoints are complete
         self._torn = False  # the last update was given up midway
         self._wanted: list[asyncio.Future[Path]] = []
         self._saves: set[asyncio.Task[None]] = set()
@@ -189,6 +190,11 @@ class Training:
         self._noise_counts = parts.rollout.noise_counts()
         if reason is None:
             parts.rollout.learned(sealed.epoch)
+        if not self._reserved:  # the optimizer has all its state since the first update
+            await parts.placement.call(
+                parts.buffers.reserve, parts.learner.model.state_dict(), parts.learner.optimizer.state_dict()
+            )
+            self._reserved = True
         started = time.perf_counter()
         snapshot = await self._copy() if self._due() else None
         checkpoint_s = time.perf_counter() - started if snapshot is not None else None
