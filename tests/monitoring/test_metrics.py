@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aiorl.monitoring.catalogue import GROUPS, METRICS
 from aiorl.monitoring.metrics import (
-    GROUPS,
-    METRICS,
     EpisodeWindow,
     EpochRecord,
     WeightedMeans,
