@@ -114,7 +114,7 @@ class LinkServer:
             self.endpoint = self._bind_private() if endpoint == "auto" else _bind_given(self._socket, endpoint)
             self._descriptor = int(self._socket.getsockopt(zmq.FD))
             loop.add_reader(self._descriptor, self._drain)
-        except BaseException:
+        except BaseException:  # a cancellation too must not leave the socket open; raised again
             self.release()
             raise
 

@@ -111,7 +111,7 @@ class LocalGroup:
         """Steps every environment once."""
         try:
             return self._group.step(actions)
-        except BaseException:
+        except BaseException:  # SystemExit and KeyboardInterrupt are the environment's here; `_reported` sorts them
             with _reported(self._worker, "step"):
                 raise
 
@@ -281,7 +281,7 @@ async def open_local(
                     else:
                         groups.append(LocalGroup(spec, num_envs, first_env, env_seed, incarnation, worker))
                     first_env += num_envs
-        except BaseException:
+        except BaseException:  # whatever ends the building, what was built is closed; raised again
             _close_in_thread(groups)
             raise
         return groups

@@ -253,7 +253,7 @@ class EnvironmentGroup:
                 environments = [self._make(spec, construct) for _ in range(num_envs)]
                 self.info = _describe_alike(environments)
                 self._back_end = _Plain(environments, self.info, first_env)
-        except BaseException:
+        except BaseException:  # whatever ends the building, what was built is closed; raised again
             self._environments.close()
             raise
 

@@ -110,7 +110,7 @@ class WorkerProcess:
                 pass_fds=(lifeline,),
                 env=_environment(),
             )
-        except BaseException:
+        except BaseException:  # no descriptor is left open, whatever happened; raised again
             os.close(self._lifeline)
             os.close(self._output)
             raise

@@ -66,7 +66,7 @@ def stack_rewards(rewards: Sequence[Any] | NDArray[Any], first_env: int) -> NDAr
 
 def _number(reward: Any, env: int) -> float:
     try:
-        number = np.asarray(reward).item()
+        number = np.asarray(reward).item()  # an environment's reward is on the host: nothing to wait for
         if isinstance(number, str | bytes):
             raise TypeError("it is text")
         return float(number)

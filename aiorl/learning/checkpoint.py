@@ -131,7 +131,7 @@ class CheckpointStore:
             try:
                 _write_files(temporary, contents, abandoned)
                 temporary.rename(path)
-            except BaseException:
+            except BaseException:  # no half-written folder stays, whatever happened; raised again
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
             _fsync(self.folder)

@@ -181,7 +181,7 @@ class Buffers:
                     extra=_walk(contents.extra, ("extra",), take),
                     exact=contents.exact,
                 )
-        except BaseException:
+        except BaseException:  # the buffers are free again, whatever happened; raised again
             self._free()
             raise
         self._tensors = used
@@ -220,7 +220,9 @@ def _walk(value: Any, place: Place, tensor: Callable[[Place, Tensor], Tensor]) -
         return tensor(place, value)
     if type(value) in _PLAIN:
         return value
-    if isinstance(value, np.bool_ | np.integer | np.floating) and type(value.item()) in _PLAIN:
+    if (
+        isinstance(value, np.bool_ | np.integer | np.floating) and type(value.item()) in _PLAIN
+    ):  # NumPy scalars: on the host
         return value.item()
     if isinstance(value, Mapping) and all(type(key) in (str, int) for key in value):
         return {key: _walk(item, (*place, key), tensor) for key, item in value.items()}

@@ -247,7 +247,7 @@ class Training:
         await parts.buffers.acquire()
         try:
             return await parts.placement.call(parts.buffers.copy, self._contents())
-        except BaseException:
+        except BaseException:  # a cancellation too gives the buffers back; raised again
             parts.buffers.give_up()
             raise
 

@@ -269,7 +269,7 @@ def dump_json(value: Any, indent: int | None = None) -> str:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, np.generic):
-        value = value.item()
+        value = value.item()  # a NumPy scalar: on the host
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

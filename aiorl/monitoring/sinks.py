@@ -141,7 +141,7 @@ class Recorder:
         self._thread.start()
         try:
             await self._opened
-        except BaseException:
+        except BaseException:  # a cancellation too ends the writer thread; raised again
             self._orders.put(_Close())
             await self._thread.join(self._close_timeout_s)
             raise

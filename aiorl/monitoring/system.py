@@ -132,7 +132,7 @@ class _Source:
                 self._is_open = True
                 self._reader = self._open_reader()
             figures = self._reader.read() if self._reader is not None else {}
-        except Exception:
+        except Exception:  # figures are a view: no driver's fault may end a run; it is logged with its traceback
             logger.warning("system figures cannot be read; going on without them", exc_info=True)
             self.close()
             figures = {}

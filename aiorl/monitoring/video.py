@@ -101,7 +101,7 @@ def recording(path: Path, *, frames_per_s: float) -> Iterator[Clip]:
     try:
         yield clip
         clip.close(complete=True)
-    except BaseException:
+    except BaseException:  # no torn clip stays, whatever happened; raised again
         clip.close(complete=False)
         with suppress(OSError):
             path.unlink()

@@ -30,7 +30,7 @@ def where_else() -> int:
 
 def slowly() -> int:
     """The thread that runs it; takes longer than the loop may be held up for."""
-    time.sleep(2 * LOOP_BUDGET_S)
+    time.sleep(2 * LOOP_BUDGET_S)  # the length of the computation is what is tested
     return threading.get_ident()
 
 
@@ -70,7 +70,7 @@ async def test_the_first_call_does_not_count() -> None:
     def late_starter() -> int:
         if not first.is_set():
             first.set()
-            time.sleep(10 * LOOP_BUDGET_S)
+            time.sleep(10 * LOOP_BUDGET_S)  # the length of the computation is what is tested
         return threading.get_ident()
 
     async with Placement("late", TorchSettings(num_threads=1)) as place:

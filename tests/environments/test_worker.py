@@ -41,7 +41,7 @@ async def main():
             for step in steps:
                 tasks.create_task(step)
             print("stepping", flush=True)
-            await asyncio.sleep(600)
+            await asyncio.sleep(600)  # hangs on purpose: it is to be interrupted
 
 asyncio.run(main())
 """

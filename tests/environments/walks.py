@@ -62,7 +62,7 @@ class Walk(gymnasium.Env[Any, Any]):
         elif self._misbehave == "sys.exit":
             sys.exit(9)
         elif self._misbehave == "sleep":
-            time.sleep(3600)
+            time.sleep(3600)  # hangs on purpose: it is to be killed
         elif self._misbehave == "spin":
             while True:
                 pass
