@@ -15,6 +15,7 @@ Dimensions: B rows of the epoch, R static rows of a minibatch.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import time
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from aiorl.compute.gradients import clip_by_norm, total_norm
 from aiorl.errors import NaNError, NonFiniteError
 from aiorl.learning.dataset import prepare
 from aiorl.learning.optim import SampleSchedule
@@ -86,6 +88,35 @@ class _Step:
     losses: dict[str, Tensor] = field(default_factory=dict)
 
 
+class _Figures:
+    """What the minibatches of a pass logged, reduced all at once at its end."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Any]] = {}
+        self._rows: dict[str, list[int]] = {}
+
+    def add(self, logged: Mapping[str, Tensor | float], num_rows: int) -> None:
+        """Adds a minibatch of `num_rows` rows that count."""
+        for name, value in logged.items():
+            self._values.setdefault(name, []).append(_scalar(value, num_rows))
+            self._rows.setdefault(name, []).append(num_rows)
+
+    def add_to(self, means: WeightedMeans) -> dict[str, float]:
+        """Adds the pass's mean of each figure to `means`, and returns them."""
+        within = WeightedMeans()
+        for name, values in self._values.items():
+            rows = np.array(self._rows[name], np.float64)
+            total = float(rows.sum())
+            if isinstance(values[0], torch.Tensor):
+                stacked = torch.stack(values)
+                mean: Any = stacked @ torch.as_tensor(rows / total, dtype=stacked.dtype, device=stacked.device)
+            else:
+                mean = float(np.average(values, weights=rows))
+            for sums in (within, means):
+                sums.add(name, mean, total)
+        return within.compute()
+
+
 class Learner:
     """Learns from sealed epochs.
 
@@ -132,6 +163,7 @@ class Learner:
         size = config.sampling.num_epoch_samples
         self._num_minibatches = max(1, round(size / (task.minibatch_size or size)))
         self._static_rows = math.ceil((size + max_overshoot) / self._num_minibatches)
+        self._positions = torch.arange(self._static_rows, device=device)
         self._num_skipped_in_a_row = 0
         self._num_skipped = 0
         self._norms: list[Tensor] = []
@@ -206,7 +238,7 @@ class Learner:
     ) -> Mapping[str, float]:
         """One pass over the dataset. Returns the means of what was logged during it."""
         state, hooks = self._state, self._hooks
-        within = WeightedMeans()
+        figures = _Figures()
         order = np.random.default_rng([self._config.seed, state.num_epochs, number]).permutation(num_rows)
         for rows in np.array_split(order, self._num_minibatches):
             if not len(rows):
@@ -216,24 +248,20 @@ class Learner:
             if hooks.overridden("on_step_start"):
                 await hooks.call("on_step_start", state)
             losses, logged = await self._train_step(dataset, rows)
-            for name, loss in logged.items():
-                value = _scalar(loss, rows=len(rows))
-                within.add(name, value, len(rows))
-                means.add(name, value, len(rows))
-            means.add("loss", losses, len(rows))
+            figures.add({**logged, "loss": losses}, len(rows))
             if hooks.overridden("on_step_end"):
                 await hooks.call("on_step_end", state)
             await self._yield_to_acting()
-        return within.compute()
+        return figures.add_to(means)
 
     def _minibatch(self, dataset: dict[str, Tensor], rows: NDArray[np.int64]) -> dict[str, Tensor]:
         """R rows: those asked for with weight 1, then repetitions with weight 0."""
         size = max(self._static_rows, len(rows))
-        weights = np.zeros(size, np.float32)
-        weights[: len(rows)] = 1.0
         index = torch.as_tensor(np.resize(rows, size), device=self._device)
         batch = {name: values.index_select(0, index) for name, values in dataset.items()}
-        batch["weights"] = torch.as_tensor(weights, device=self._device)
+        if size > len(self._positions):
+            self._positions = torch.arange(size, device=self._device)
+        batch["weights"] = (self._positions[:size] < len(rows)).float()
         return batch
 
     async def _train_step(
@@ -275,16 +303,14 @@ class Learner:
 
     def _backward(self, step: _Step) -> Tensor:
         """Backward, clipping, and the optimizer's step unless something is not finite."""
-        loss = (
-            torch.stack(list(step.losses.values())).sum() if len(step.losses) > 1 else next(iter(step.losses.values()))
-        )
+        loss = functools.reduce(torch.add, step.losses.values())
         self.optimizer.zero_grad(set_to_none=self._config.set_to_none)
         loss.backward()  # type: ignore[no-untyped-call] # torch has no annotation for it
-        norm = self._norm()
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = total_norm(gradients, self._config.clip_grad_norm_type)
         state = self._state
-        if bool(torch.isfinite(norm)) and bool(torch.isfinite(loss)):
-            if self._config.clip_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.clip_grad_norm, norm)
+        if math.isfinite(norm) and math.isfinite(loss.detach()):
+            clip_by_norm(gradients, self._config.clip_grad_norm, float(norm))
             self.optimizer.step()
             self._step_schedule(per_epoch=False)
             self._num_skipped_in_a_row = 0
@@ -294,11 +320,6 @@ class Learner:
         else:
             self._skip(step.losses)
         return loss.detach()
-
-    def _norm(self) -> Tensor:
-        """The gradients' norm before clipping, a scalar."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients, self._config.clip_grad_norm_type)
 
     def _skip(self, losses: dict[str, Tensor]) -> None:
         """Leaves a step out, names what was not finite, and gives up when that goes on."""

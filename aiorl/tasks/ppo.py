@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from aiorl.tasks.base import ReinforcementLearningTask, State, weighted_mean
+from aiorl.tasks.base import ReinforcementLearningTask, State
 from aiorl.tasks.config import PPOConfig
 from aiorl.tasks.returns import explained_variance, gae
 
@@ -92,11 +92,11 @@ class PPO(ReinforcementLearningTask):
     ) -> dict[str, Tensor]:
         """The losses ``policy``, ``value`` and ``entropy``, each a scalar that holds its coefficient already."""
         distribution, values = output
-        weights = batch["weights"]
         clip = self.clip_coefficient(state)
-        policy_loss = weighted_mean(self._policy_loss(distribution, batch, clip), weights)
-        value_loss = weighted_mean(self._value_loss(values, batch, clip), weights)
-        entropy = weighted_mean(distribution.entropy(), weights)
+        share = batch["weights"] / batch["weights"].sum()  # of each row in a mean
+        policy_loss = self._policy_loss(distribution, batch, share, clip)
+        value_loss = _mean(self._value_loss(values, batch, clip), share)
+        entropy = _mean(distribution.entropy(), share)
         for name, figure in (("policy_loss", policy_loss), ("value_loss", value_loss), ("entropy", entropy)):
             self.log(name, figure)
         return {
@@ -113,24 +113,25 @@ class PPO(ReinforcementLearningTask):
         """``clip_coef``, which with ``anneal`` falls linearly to 0 as ``state.progress`` goes from 0 to 1."""
         return self.config.clip_coef * (1.0 - state.progress if self.config.anneal else 1.0)
 
-    def _policy_loss(self, distribution: Categorical, batch: dict[str, Tensor], clip: float) -> Tensor:
-        """The negated objective of each row, floating ``[B]``; logs how far the policy has moved."""
+    def _policy_loss(self, distribution: Categorical, batch: dict[str, Tensor], share: Tensor, clip: float) -> Tensor:
+        """The negated objective, a scalar; logs how far the policy has moved."""
         behaviour = batch["log_probs"]
         start = batch.get("start_log_probs", behaviour)
         log_ratio = distribution.log_prob(batch["actions"]) - start
         ratio = log_ratio.exp()
         advantages = batch["advantages"]
         if self.config.norm_adv:
-            advantages = _normalised(advantages, batch["weights"])
+            advantages = _normalised(advantages, share)
         objective = torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip, 1.0 + clip) * advantages)
         if "start_log_probs" in batch:
             behaviour_weight = (start - behaviour).exp().clamp(max=_MAX_BEHAVIOUR_WEIGHT)
-            self.log("behaviour_weight", behaviour_weight)
+            self.log("behaviour_weight", _mean(behaviour_weight, share))
             objective = behaviour_weight * objective
         with torch.no_grad():
-            self.log("approx_kl", (ratio - 1.0) - log_ratio)
-            self.log("clipfrac", ((ratio - 1.0).abs() > clip).float())
-        return -objective
+            moved = ratio - 1.0
+            self.log("approx_kl", _mean(moved - log_ratio, share))
+            self.log("clipfrac", _mean(moved.abs() > clip, share))
+        return -_mean(objective, share)
 
     def _value_loss(self, values: Tensor, batch: dict[str, Tensor], clip: float) -> Tensor:
         """Half the squared error of each row's value, floating ``[B]``."""
@@ -141,9 +142,14 @@ class PPO(ReinforcementLearningTask):
         return 0.5 * error
 
 
-def _normalised(advantages: Tensor, weights: Tensor) -> Tensor:
+def _normalised(advantages: Tensor, share: Tensor) -> Tensor:
     """Advantages with mean 0 and deviation 1 over the rows that count; a single such row is left as it is."""
-    num_rows = weights.sum()
-    centred = advantages - weighted_mean(advantages, weights)
-    variance = (centred.square() * weights).sum() / (num_rows - 1.0).clamp(min=1.0)
-    return torch.where(num_rows > 1.0, centred / (variance.sqrt() + 1e-8), advantages)
+    centred = advantages - _mean(advantages, share)
+    spread = 1.0 - _mean(share, share)  # Bessel's correction; 0 for a single row
+    deviation = (_mean(centred.square(), share) / spread).sqrt()
+    return torch.where(spread > 0.0, centred / (deviation + 1e-8), advantages)
+
+
+def _mean(values: Tensor, share: Tensor) -> Tensor:
+    """The mean over the rows that count, of which each has its share."""
+    return (values * share).sum()
