@@ -1,0 +1,63 @@
+"""One training run of aiorl, timed from the first action to the last optimizer step.
+
+    python benchmarks/ppo.py configs/w2.toml trainer.seed=3 trainer.sampling.max_policy_lag=1
+
+Prints one line of JSON: transitions, seconds, transitions per second, the mean return of the last 100 episodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+import time
+
+import aiorl
+from aiorl.tasks.hooks import Callback, State
+
+
+class Clock(Callback):
+    """Notes when training starts and when each epoch is learned."""
+
+    started = ended = 0.0
+
+    def on_training_start(self, state: State) -> None:
+        """Nothing has been stepped yet."""
+        self.started = time.perf_counter()
+
+    def on_epoch_end(self, state: State) -> None:
+        """The epoch's last optimizer step is done."""
+        self.ended = time.perf_counter()
+
+
+async def main() -> None:
+    path, *overrides = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        config = aiorl.load_config(
+            path, overrides=[f'trainer.exp_dir="{folder}/run"', "logger.terminal=false", *overrides]
+        )
+        clock, last = Clock(), None
+        async with aiorl.open_run(config, callbacks=[clock]) as run:
+            async for epoch in run:
+                last = epoch
+    assert last is not None
+    seconds = clock.ended - clock.started
+    figures = {
+        "num_samples": last.num_samples,
+        "seconds": round(seconds, 3),
+        "samples_per_s": round(last.num_samples / seconds),
+        "return_mean": round(last.episode_return_mean, 1),
+        "sample_s": last.metrics["time/sample_s"],
+        "learn_s": last.metrics["time/learn_s"],
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main())
+    else:
+        uvloop.run(main())
