@@ -153,6 +153,19 @@ class Array:
 
 
 @dataclass(frozen=True, slots=True)
+class Maybe:
+    """A value of one kind, or None."""
+
+    of: Field
+
+    def dump(self, value: Any, frames: list[bytes]) -> Any:
+        return None if value is None else self.of.dump(value, frames)
+
+    def load(self, raw: Any, frames: Iterator[bytes]) -> Any:
+        return None if raw is None else self.of.load(raw, frames)
+
+
+@dataclass(frozen=True, slots=True)
 class Shape:
     """An ``ArraySpec``."""
 

@@ -57,7 +57,8 @@ class Tick:
         truncated: bool ``[K]``; by the environment.
         final_observations: ``[E, *shape]``, in the order of ``np.flatnonzero(terminated | truncated)``.
 
-    Arrays are nobody else's, but may be read-only.
+    Arrays may be read-only. Observations and final observations may be rewritten once the group's next ``step`` or
+    ``reset`` is called: whoever keeps them longer copies them.
     """
 
     observations: Array
@@ -88,7 +89,7 @@ class Group(Protocol):
         An answer that an earlier, cancelled call is still owed is dropped when it comes.
 
         Returns:
-            First observations ``[K, *shape]``.
+            First observations ``[K, *shape]``, for as long as those of a ``Tick``.
 
         Raises:
             GroupLost: The worker is gone.
@@ -262,25 +263,26 @@ class EnvironmentGroup:
         self._environments.callback(close_environment, environment)
         return environment
 
-    def reset(self, seeds: Sequence[int] | None = None) -> Array:
+    def reset(self, seeds: Sequence[int] | None = None, out: Array | None = None) -> Array:
         """Starts an episode in every environment.
 
         Args:
             seeds: One per environment; a natively vectorised back end takes the first for all of them. None goes on
                 with the generators as they are, so that a second reset does not repeat the first.
+            out: Where observations are to be written, ``[K, *shape]``; None: in a new array.
 
         Returns:
             First observations ``[K, *shape]``.
         """
         if seeds is not None and len(seeds) != self.num_envs:
             raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments")
-        return self._back_end.reset(seeds)
+        return self._back_end.reset(seeds, out)
 
-    def step(self, actions: Array) -> Tick:
-        """Steps every environment once; ``actions`` is int64 ``[K]``."""
+    def step(self, actions: Array, out: Array | None = None) -> Tick:
+        """Steps every environment once; ``actions`` is int64 ``[K]``, ``out`` as for ``reset``."""
         if actions.shape != (self.num_envs,):
             raise ValueError(f"actions of shape {actions.shape} for {self.num_envs} environments")
-        return self._back_end.step(actions)
+        return self._back_end.step(actions, out)
 
     def close(self) -> None:
         """Closes every environment, whether or not closing another one raised; further calls do nothing."""
@@ -311,14 +313,14 @@ class _Plain:
         self._shape = info.observation.shape
         self._dtype = np.dtype(info.observation.dtype)
 
-    def reset(self, seeds: Sequence[int] | None) -> Array:
+    def reset(self, seeds: Sequence[int] | None, out: Array | None) -> Array:
         rows = []
         for row, (_, reset) in enumerate(self._steps_and_resets):
             observation, _ = reset(seed=None if seeds is None else seeds[row])
             rows.append(observation)
-        return self._stack(rows)
+        return self._stack(rows, out)
 
-    def step(self, actions: Array) -> Tick:
+    def step(self, actions: Array, out: Array | None) -> Tick:
         rows, rewards, finals = [], [], []
         terminated = np.zeros(len(self._steps_and_resets), np.bool_)
         truncated = np.zeros(len(self._steps_and_resets), np.bool_)
@@ -333,15 +335,15 @@ class _Plain:
             rows.append(observation)
             rewards.append(reward)
         return Tick(
-            observations=self._stack(rows),
+            observations=self._stack(rows, out),
             rewards=stack_rewards(rewards, self._first_env),
             terminated=terminated,
             truncated=truncated,
             final_observations=self._stack(finals),
         )
 
-    def _stack(self, rows: list[Any]) -> Array:
-        return stack_observations(rows, self._shape, self._dtype, self._first_env)
+    def _stack(self, rows: list[Any], out: Array | None = None) -> Array:
+        return stack_observations(rows, self._shape, self._dtype, self._first_env, out)
 
 
 class _Vector:
@@ -357,17 +359,17 @@ class _Vector:
         self._takes_a_seed_each = isinstance(environment.unwrapped, SyncVectorEnv | AsyncVectorEnv)
         self._ended = np.zeros(environment.num_envs, np.bool_)
 
-    def reset(self, seeds: Sequence[int] | None) -> Array:
+    def reset(self, seeds: Sequence[int] | None, out: Array | None) -> Array:
         seed: Any = None
         if seeds is not None:
             seed = list(seeds) if self._takes_a_seed_each else seeds[0]
         self._ended = np.zeros_like(self._ended)
         observations, _ = self._environment.reset(seed=seed)
-        return self._stack(observations)
+        return self._stack(observations, out)
 
-    def step(self, actions: Array) -> Tick:
+    def step(self, actions: Array, out: Array | None) -> Tick:
         observations, rewards, terminated, truncated, infos = self._environment.step(actions + self._first_action)
-        observations = self._stack(observations)  # a copy: the back end may reuse its own
+        observations = self._stack(observations, out)  # a copy: the back end may reuse its own
         rewards = stack_rewards(rewards, self._first_env)
         terminated = np.array(terminated, np.bool_)
         truncated = np.array(truncated, np.bool_) & ~terminated
@@ -393,5 +395,5 @@ class _Vector:
             check_observation(infos["final_obs"][row], self._shape, self._first_env + row)
         return self._stack([infos["final_obs"][row] for row in rows])
 
-    def _stack(self, rows: Sequence[Any] | Array) -> Array:
-        return stack_observations(rows, self._shape, self._dtype, self._first_env)
+    def _stack(self, rows: Sequence[Any] | Array, out: Array | None = None) -> Array:
+        return stack_observations(rows, self._shape, self._dtype, self._first_env, out)

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import msgpack
 
+from aiorl.environments.slab import open_slab
 from aiorl.environments.worker import TERMINATE, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from aiorl.environments.link import LinkServer
+    from aiorl.environments.slab import Slab
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +44,11 @@ class Host(Protocol):
 
     Attributes:
         ended: Set on the loop when it has ended, for whatever reason.
+        slab: Memory that it shares with the trainer; None where it shares none.
     """
 
     ended: asyncio.Event
+    slab: Slab | None
 
     @property
     def pid(self) -> int | None:
@@ -98,21 +102,24 @@ class WorkerProcess:
         self._line = b""
         self._waiter: threading.Thread | None = None
         self._pidfd: int | None = None
+        self.slab: Slab | None = open_slab()
         lifeline, self._lifeline = os.pipe()
         self._output, output = os.pipe()
         try:
-            command = _command(link.endpoint, worker, incarnation, lifeline)
+            slab = -1 if self.slab is None else self.slab.descriptor
+            command = _command(link.endpoint, worker, incarnation, lifeline, slab)
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=(lifeline,),
+                pass_fds=(lifeline,) if slab < 0 else (lifeline, slab),
                 env=_environment(),
             )
         except BaseException:  # no descriptor is left open, whatever happened; raised again
             os.close(self._lifeline)
             os.close(self._output)
+            self._release_slab()
             raise
         finally:
             os.close(lifeline)
@@ -219,10 +226,15 @@ class WorkerProcess:
             if self._lifeline >= 0:
                 os.close(self._lifeline)
                 self._lifeline = -1
+        self._release_slab()  # only now: nobody writes any more
         if self._waiter is not None:
             self._waiter.join()
         self.ended.set()
         return True
+
+    def _release_slab(self) -> None:
+        if self.slab is not None:
+            self.slab.release()
 
 
 class WorkerThread:
@@ -243,6 +255,7 @@ class WorkerThread:
     ) -> None:
         self.ended = asyncio.Event()
         self.pid = None
+        self.slab: Slab | None = None
         self._worker = worker
         self._on_end = on_end
         self._error = ""
@@ -289,10 +302,10 @@ class WorkerThread:
         return self.ended.is_set()
 
 
-def _command(endpoint: str, worker: int, incarnation: int, lifeline: int) -> list[str]:
+def _command(endpoint: str, worker: int, incarnation: int, lifeline: int, slab: int) -> list[str]:
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # -W and -X are not inherited
     arguments = {"connect": endpoint, "worker": worker, "incarnation": incarnation}
-    arguments |= {"parent": os.getpid(), "lifeline": lifeline}
+    arguments |= {"parent": os.getpid(), "lifeline": lifeline, "slab": slab}
     options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
     # -P: the working folder is on the path where the trainer has it there, and nowhere else.
     return [sys.executable, *flags, "-P", "-m", "aiorl.environments.worker", *options]

@@ -6,7 +6,7 @@ Sends through a function and is handed what arrives, so that it knows no sockets
 state       a message that belongs  what it leads to                            what else may arrive
 ==========  ======================  ==========================================  =====================
 STARTING    Hello                   Setup is sent; BUILDING                     nothing
-BUILDING    Ready                   READY                                       Failed
+BUILDING    Ready                   its slab is sized; READY                    Failed
 READY       Observed                the group's waiter is answered              Failed
 STOPPING    Hello                   Stop is sent                                anything, not looked at
 ==========  ======================  ==========================================  =====================
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from aiorl.environments.make import Tick
+    from aiorl.environments.slab import Exchange, Slab
     from aiorl.environments.spaces import EnvironmentInfo
 
 
@@ -65,12 +66,14 @@ class RemoteGroup:
         num_envs: K.
         first_env: Global index of the environment in row 0.
         name: For messages.
+        exchange: Where its observations lie; None where they are in its messages.
     """
 
     def __init__(self, worker: RemoteWorker, index: int, num_envs: int, first_env: int) -> None:
         self.num_envs = num_envs
         self.first_env = first_env
         self.name = f"worker {worker.number} group {index}"
+        self.exchange: Exchange | None = None
         self._worker = worker
         self._index = index
         self._sequence = 0
@@ -83,9 +86,8 @@ class RemoteGroup:
         """Starts an episode in every environment."""
         if self._waiter is not None:
             raise RuntimeError(f"{self.name} is waited for already")
-        self._has_row = False
-        self._sequence += 1
-        tick = await self._ask(Reset(self._worker.incarnation, self._index, self._sequence))
+        sequence = self._next()
+        tick = await self._ask(Reset(self._worker.incarnation, self._index, sequence))
         return tick.observations
 
     async def step(self, actions: NDArray[Any]) -> Tick:
@@ -96,9 +98,19 @@ class RemoteGroup:
             raise RuntimeError(f"{self.name} has not answered its last step")
         if actions.shape != (self.num_envs,) or actions.dtype != np.int64:
             raise ValueError(f"{self.name} takes int64 [{self.num_envs}] actions, not {actions.dtype} {actions.shape}")
+        sequence = self._next()
+        return await self._ask(Step(self._worker.incarnation, self._index, sequence, actions))
+
+    def _next(self) -> int:
+        """The next sequence number. Whoever asks for it has copied the last rows, which were to lie still until now."""
+        if self.exchange is not None and self._is_answered and self._loss is None:
+            try:
+                self.exchange.check(self._sequence)
+            except MalformedMessage as error:
+                self._worker.fail(error)
         self._has_row = False
         self._sequence += 1
-        return await self._ask(Step(self._worker.incarnation, self._index, self._sequence, actions))
+        return self._sequence
 
     async def _ask(self, message: Reset | Step) -> Tick:
         if self._loss is not None:
@@ -128,17 +140,30 @@ class RemoteGroup:
             return False
         if message.sequence > self._sequence or self._is_answered:
             raise MalformedMessage(f"{self.name} sent an answer {message.sequence} that it does not owe")
-        info = self._worker.info
-        rows, dtype = message.observations, message.observations.dtype.name
-        if info is None or (rows.shape[1:], dtype) != (info.observation.shape, info.observation.dtype):
-            raise MalformedMessage(f"{self.name} sent observations {dtype} {rows.shape} instead of {info}")
         if len(message.outcomes) != self.num_envs:
             raise MalformedMessage(f"{self.name} sent {len(message.outcomes)} rows instead of {self.num_envs}")
+        tick = self._unpack(message) if self.exchange is None else self._read(message, self.exchange)
         self._is_answered = True
         if self._waiter is None or self._waiter.done():
             return False
-        self._waiter.set_result(tick_of(message))
+        self._waiter.set_result(tick)
         return True
+
+    def _read(self, message: Observed, exchange: Exchange) -> Tick:
+        """A tick whose observations lie in the slab."""
+        if message.observations is not None:
+            raise MalformedMessage(f"{self.name} sent observations, which were to lie in its slab")
+        exchange.check(message.sequence)
+        return tick_of(message, exchange.observations, exchange.final_observations[: message.num_ended])
+
+    def _unpack(self, message: Observed) -> Tick:
+        """A tick whose observations are in the message: as a writable copy, since torch warns of others."""
+        info, rows = self._worker.info, message.observations
+        if rows is None:
+            raise MalformedMessage(f"{self.name} sent no observations, and has no slab where they could lie")
+        if info is None or (rows.shape[1:], rows.dtype.name) != (info.observation.shape, info.observation.dtype):
+            raise MalformedMessage(f"{self.name} sent observations {rows.dtype.name} {rows.shape} instead of {info}")
+        return tick_of(message, rows[: self.num_envs].copy(), rows[self.num_envs :])
 
     def lose(self, loss: BaseException) -> None:
         """The worker is gone, for this reason: whoever waits, and whoever asks from now on, gets ``GroupLost``."""
@@ -160,6 +185,8 @@ class RemoteWorker:
         setup: What it is to build.
         token: What it has to show.
         send: Sends frames to it; False where they cannot be delivered.
+        breach: Told that the worker broke the protocol, where no message shows it.
+        slab: Shared with its process, and nobody else's to release; None where its observations come in messages.
 
     Attributes:
         groups: Its groups.
@@ -168,7 +195,16 @@ class RemoteWorker:
         num_dropped: Messages that came too late to be of use.
     """
 
-    def __init__(self, number: int, setup: Setup, *, token: bytes, send: Callable[[list[bytes]], bool]) -> None:
+    def __init__(
+        self,
+        number: int,
+        setup: Setup,
+        *,
+        token: bytes,
+        send: Callable[[list[bytes]], bool],
+        breach: Callable[[MalformedMessage], None],
+        slab: Slab | None = None,
+    ) -> None:
         self.number = number
         self.incarnation = setup.incarnation
         self.info: EnvironmentInfo | None = None
@@ -177,6 +213,8 @@ class RemoteWorker:
         self._setup = setup
         self._token = token
         self._send = send
+        self._breach = breach
+        self._slab = slab
         self.groups: list[RemoteGroup] = []
         first_env = setup.first_env
         for index, num_envs in enumerate(setup.group_sizes):
@@ -211,11 +249,18 @@ class RemoteWorker:
         elif isinstance(message, Failed) and self.state in (State.BUILDING, State.READY):
             return message
         elif isinstance(message, Ready) and self.state is State.BUILDING:
-            self.info = message.info
-            self.state = State.READY
+            self._become_ready(message.info)
         elif self.state is not State.STOPPING:
             raise MalformedMessage(f"worker {self.number} sent {type(message).__name__} while {self.state.name}")
         return None
+
+    def _become_ready(self, info: EnvironmentInfo) -> None:
+        self.info = info
+        self.state = State.READY
+        if self._slab is not None:
+            exchanges = self._slab.share(info.observation, self._setup.group_sizes)
+            for group, exchange in zip(self.groups, exchanges, strict=False):  # all of them, or none
+                group.exchange = exchange
 
     def _greet(self, message: Hello) -> None:
         if message.protocol != PROTOCOL_VERSION:
@@ -237,6 +282,11 @@ class RemoteWorker:
             self.state = State.STOPPING
             self.send(Stop(self.incarnation))
         self.lose(LinkClosed("the workers are being closed"))
+
+    def fail(self, error: MalformedMessage) -> None:
+        """It broke the protocol where no message shows it: its groups are lost, and its supervisor is told."""
+        self.lose(error)
+        self._breach(error)
 
     def lose(self, loss: BaseException) -> None:
         """It is gone, for this reason."""

@@ -9,7 +9,7 @@ what happens to a worker    how it is seen                            what ``wat
 ==========================  ========================================  ================================================
 an environment raises       ``Failed`` on the link                    ``EnvironmentRaised``, with its traceback
 its process ends            pidfd on the loop, in about 1 ms          ``WorkerDied``
-it breaks the protocol      a message that makes no sense             ``MalformedMessage`` or ``ProtocolMismatch``
+it breaks the protocol      a message or slab without sense           ``MalformedMessage`` or ``ProtocolMismatch``
 ==========================  ========================================  ================================================
 
 The first of these is the run's cause; the groups of that worker raise ``GroupLost`` from it.
@@ -198,12 +198,6 @@ class RemoteWorkers:
         for number, setup in enumerate(setups):
             identity = b"%d.%d." % (number, setup.incarnation) + secrets.token_hex(8).encode()
             token = secrets.token_bytes(TOKEN_BYTES)
-            worker = RemoteWorker(
-                number,
-                setup,
-                token=token,
-                send=partial(self._link.send, identity),
-            )
             host = self._host_kind(
                 self._link,
                 worker=number,
@@ -211,6 +205,14 @@ class RemoteWorkers:
                 identity=identity,
                 token=token,
                 on_end=partial(self._ended, identity),
+            )
+            worker = RemoteWorker(
+                number,
+                setup,
+                token=token,
+                send=partial(self._link.send, identity),
+                breach=partial(self._breached, identity),
+                slab=host.slab,
             )
             self._workers[identity] = worker, host
             self.groups += worker.groups
@@ -261,6 +263,9 @@ class RemoteWorkers:
         returncode, how = host.describe_end()
         tail = host.read_tail()
         self._fail(worker, WorkerDied(worker=worker.number, returncode=returncode, how=how, stderr_tail=tail))
+
+    def _breached(self, identity: bytes, error: MalformedMessage) -> None:
+        self._fail(self._workers[identity][0], error)
 
     def _fail(self, worker: RemoteWorker, error: AiorlError) -> None:
         if self._is_closing:

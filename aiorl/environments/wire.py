@@ -14,7 +14,7 @@ message             from      meaning
 
 A message is a header (a msgpack array: kind, then the fields in their order) and, for each array above
 ``INLINE_BYTES``, a frame of its raw little-endian bytes. Smaller arrays ride in the header, since each frame costs
-either end 1.5 µs.
+either end 1.5 µs. Observations that lie in a slab (see ``slab``) are in no message.
 Dimensions: K environments of a group, E of them whose episode ended.
 """
 
@@ -27,7 +27,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray  # noqa: TC002 - get_type_hints reads it
 
-from aiorl.environments.fields import MAX_HEADER_BYTES, Array, Bytes, Field, Info, Many, Spec, Text, Uint
+from aiorl.environments.fields import MAX_HEADER_BYTES, Array, Bytes, Field, Info, Many, Maybe, Spec, Text, Uint
 from aiorl.environments.make import Tick
 from aiorl.environments.spaces import EnvironmentInfo, EnvironmentSpec  # noqa: TC001 - get_type_hints reads them
 from aiorl.errors import MalformedMessage
@@ -35,7 +35,7 @@ from aiorl.errors import MalformedMessage
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 """Raised with every change of a message; the two ends have to agree. ``Hello`` itself never changes."""
 
 TOKEN_BYTES: Final = 16
@@ -137,7 +137,8 @@ class Observed:
         sequence: Of the ``Reset`` or ``Step`` that this answers.
         outcomes: K bytes of ``RUNNING``, ``TERMINATED`` and ``TRUNCATED``, so that never two flags are set.
         rewards: float32 ``[K]``; zeros after a reset.
-        observations: ``[K + E, *shape]``: after the K observations, the final ones of the E that are not running.
+        observations: ``[K + E, *shape]``: after the K observations, the final ones of the E that are not running; None
+            where they lie in the worker's slab.
     """
 
     incarnation: Uint32
@@ -145,19 +146,25 @@ class Observed:
     sequence: Uint63
     outcomes: Annotated[bytes, Bytes(0, MAX_GROUP_ENVS)]
     rewards: Annotated[NDArray[np.float32], Array(("float32",), ndim=1)]
-    observations: Annotated[NDArray[Any], Array()]
+    observations: Annotated[NDArray[Any] | None, Maybe(Array())]
 
     def check(self) -> None:
         """Raises ``MalformedMessage`` where the fields contradict each other."""
         num_envs = len(self.outcomes)
-        num_ended = num_envs - self.outcomes.count(RUNNING)
         if self.outcomes.strip(_OUTCOMES):
             raise MalformedMessage(f"outcomes {self.outcomes!r:.80}")
-        if len(self.rewards) != num_envs or self.observations.shape[:1] != (num_envs + num_ended,):
+        if len(self.rewards) != num_envs:
+            raise MalformedMessage(f"{len(self.rewards)} rewards for {num_envs} environments")
+        if self.observations is not None and self.observations.shape[:1] != (num_envs + self.num_ended,):
             raise MalformedMessage(
-                f"{len(self.rewards)} rewards and observations of shape {self.observations.shape} for {num_envs} "
-                f"environments of which {num_ended} ended"
+                f"observations of shape {self.observations.shape} for {num_envs} environments of which "
+                f"{self.num_ended} ended"
             )
+
+    @property
+    def num_ended(self) -> int:
+        """E."""
+        return len(self.outcomes) - self.outcomes.count(RUNNING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,23 +257,22 @@ def decode(frames: Sequence[bytes]) -> Message:
     return message
 
 
-def observed(incarnation: int, group: int, sequence: int, tick: Tick) -> Observed:
-    """The message that carries a tick; termination wins where both flags are set."""
+def observed(incarnation: int, group: int, sequence: int, tick: Tick, *, in_slab: bool = False) -> Observed:
+    """The message that carries a tick, or all of it but rows that lie in a slab; termination wins over truncation."""
     outcomes = tick.terminated * np.uint8(TERMINATED) + (tick.truncated & ~tick.terminated) * np.uint8(TRUNCATED)
-    observations = tick.observations
-    if len(tick.final_observations):
+    observations = None if in_slab else tick.observations
+    if observations is not None and len(tick.final_observations):
         observations = np.concatenate((observations, tick.final_observations))
     return Observed(incarnation, group, sequence, outcomes.tobytes(), tick.rewards, observations)
 
 
-def tick_of(message: Observed) -> Tick:
-    """The tick that a message carries: observations as a writable copy, since torch warns of others, the rest as views."""
-    num_envs = len(message.outcomes)
+def tick_of(message: Observed, observations: NDArray[Any], final_observations: NDArray[Any]) -> Tick:
+    """The tick that a message tells of, with its ``[K, *shape]`` and ``[E, *shape]`` observations."""
     outcomes = np.frombuffer(message.outcomes, np.uint8)
     return Tick(
-        observations=message.observations[:num_envs].copy(),
+        observations=observations,
         rewards=message.rewards,
         terminated=outcomes == TERMINATED,
         truncated=outcomes == TRUNCATED,
-        final_observations=message.observations[num_envs:],
+        final_observations=final_observations,
     )

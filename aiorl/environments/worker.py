@@ -30,6 +30,7 @@ import zmq
 
 from aiorl.environments.link import WorkerLink
 from aiorl.environments.make import EnvironmentGroup, Tick
+from aiorl.environments.slab import Exchange, attach
 from aiorl.environments.wire import (
     PROTOCOL_VERSION,
     Failed,
@@ -64,14 +65,16 @@ class _Terminated(BaseException):
 
 
 class _Groups:
-    """The groups of one worker, and the last sequence number of each."""
+    """The groups of one worker, the last sequence number of each, and where its observations are to lie."""
 
-    def __init__(self, incarnation: int) -> None:
+    def __init__(self, incarnation: int, slab: int | None) -> None:
         self.where = "constructor"
         self._incarnation = incarnation
+        self._slab = slab
         self._groups: list[EnvironmentGroup] = []
         self._seeds: list[tuple[int, ...] | None] = []
         self._sequences: list[int] = []
+        self._exchanges: list[Exchange] | None = None
 
     def build(self, setup: Setup) -> Ready:
         first = 0
@@ -84,18 +87,35 @@ class _Groups:
 
     def reset(self, message: Reset) -> Observed:
         group = self._next(message)
+        exchange = self._exchange(message.group)
         self.where = "reset"
-        observations = group.reset(self._seeds[message.group])
+        out = None if exchange is None else exchange.begin(message.sequence)
+        observations = group.reset(self._seeds[message.group], out)
         self._seeds[message.group] = None
         flags = np.zeros(len(observations), np.bool_)
         tick = Tick(observations, np.zeros(len(observations), np.float32), flags, flags, observations[:0])
-        return observed(self._incarnation, message.group, message.sequence, tick)
+        return self._answer(message, tick, exchange)
 
     def step(self, message: Step) -> Observed:
         group = self._next(message)
+        exchange = self._exchange(message.group)
         actions: NDArray[np.int64] = message.actions
         self.where = "step"
-        return observed(self._incarnation, message.group, message.sequence, group.step(actions))
+        out = None if exchange is None else exchange.begin(message.sequence)
+        return self._answer(message, group.step(actions, out), exchange)
+
+    def _answer(self, message: Reset | Step, tick: Tick, exchange: Exchange | None) -> Observed:
+        if exchange is not None:
+            exchange.finish(message.sequence, tick.final_observations)
+        return observed(self._incarnation, message.group, message.sequence, tick, in_slab=exchange is not None)
+
+    def _exchange(self, group: int) -> Exchange | None:
+        """Where a group's observations are to lie; before the first message of a group the trainer has decided that."""
+        if self._exchanges is None:
+            sizes = [each.num_envs for each in self._groups]
+            observation = self._groups[0].info.observation
+            self._exchanges = [] if self._slab is None else attach(self._slab, observation, sizes)
+        return self._exchanges[group] if self._exchanges else None
 
     def _next(self, message: Reset | Step) -> EnvironmentGroup:
         """The group of a message that is the next one of that group."""
@@ -121,13 +141,16 @@ def serve(
     incarnation: int,
     identity: bytes,
     token: bytes,
+    slab: int | None = None,
 ) -> None:
     """Serves one worker's groups until the trainer says stop.
+
+    Observations lie in the shared memory of descriptor ``slab``, where the trainer has given it a size.
 
     Whatever an environment raises is sent to the trainer as ``Failed``; the worker then only waits for ``Stop``, so
     that the message is not lost to the end of the process.
     """
-    groups = _Groups(incarnation)
+    groups = _Groups(incarnation, slab)
     with WorkerLink(context, endpoint, identity) as link:
         try:
             link.send(Hello(incarnation, PROTOCOL_VERSION, worker, token))
@@ -217,6 +240,7 @@ def main() -> int:
     parser.add_argument("--incarnation", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True, help="the trainer's process")
     parser.add_argument("--lifeline", type=int, required=True, help="descriptor of a pipe that closes with the trainer")
+    parser.add_argument("--slab", type=int, default=-1, help="descriptor of memory shared with the trainer; -1: none")
     arguments = parser.parse_args()
     _end_with_parent(arguments.parent)
     faulthandler.enable()
@@ -234,6 +258,7 @@ def main() -> int:
                     incarnation=arguments.incarnation,
                     identity=boot["identity"],
                     token=boot["token"],
+                    slab=arguments.slab if arguments.slab >= 0 else None,
                 )
             except _Terminated:
                 return 128 + signal.SIGTERM

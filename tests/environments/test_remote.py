@@ -40,7 +40,8 @@ class Bench:
     def __init__(self, *, ready: bool = True) -> None:
         setup = Setup(4, EnvironmentSpec("walks:Walk"), (3, 3), tuple(range(6)), 6)
         self.sent: list[Message] = []
-        self.worker = RemoteWorker(1, setup, token=TOKEN, send=self._send)
+        self.breaches: list[MalformedMessage] = []
+        self.worker = RemoteWorker(1, setup, token=TOKEN, send=self._send, breach=self.breaches.append)
         if ready:
             self.give(Hello(4, PROTOCOL_VERSION, 1, TOKEN))
             self.give(Ready(4, INFO, 1))
@@ -109,7 +110,9 @@ async def test_steps_carry_incarnation_and_sequence() -> None:
         reset = await asked(tasks, bench.group.reset())
         assert bench.sent[-1] == Reset(4, 0, 1)
         bench.answer(1, 5.0)
-        assert (await reset == 5.0).all()
+        observations = await reset
+        assert (observations == 5.0).all()
+        assert observations.flags.writeable  # torch warns of others
         step = await asked(tasks, bench.group.step(ACTIONS))
         sent = bench.sent[-1]
         assert isinstance(sent, Step)

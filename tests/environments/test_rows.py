@@ -33,15 +33,28 @@ def test_observations_are_copied_into_one_array_of_the_space_s_type() -> None:
     ],
 )
 def test_rows_of_other_shapes_are_refused(rows: list[Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
-        stack_observations(rows, (4,), FLOAT32, 7)
+    for out in (None, np.zeros((3, 4), np.float32)):
+        with pytest.raises(ValueError, match=told):
+            stack_observations(rows, (4,), FLOAT32, 7, out)
 
 
 def test_rows_of_another_type_are_refused() -> None:
     for row in (list("abcd"), [1j] * 4, [None] * 4):
         check_observation(row, (4,), 0)
-        with pytest.raises(TypeError, match="same_kind"):
-            stack_observations([row], (4,), FLOAT32, 0)
+        for out in (None, np.zeros((1, 4), np.float32)):
+            with pytest.raises(TypeError, match="same_kind"):
+                stack_observations([row], (4,), FLOAT32, 0, out)
+
+
+def test_observations_are_written_where_they_are_to_lie() -> None:
+    out = np.zeros((2, 2, 3), np.float32)
+    whole = np.arange(12.0).reshape(2, 2, 3)
+    for rows in (whole, list(whole), [row.astype(np.uint8) for row in whole], [row.tolist() for row in whole]):
+        out[:] = -1
+        assert stack_observations(rows, (2, 3), FLOAT32, 0, out) is out
+        assert (out == whole).all()
+    with pytest.raises(TypeError, match="same_kind"):
+        stack_observations(whole, (2, 3), np.dtype(np.uint8), 0, np.zeros((2, 2, 3), np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,20 @@ import pytest
 import zmq
 
 from aiorl.environments.spaces import EnvironmentSpec
-from aiorl.environments.wire import Failed, Hello, Message, Observed, Ready, Reset, Setup, Step, Stop, decode, encode
+from aiorl.environments.wire import (
+    PROTOCOL_VERSION,
+    Failed,
+    Hello,
+    Message,
+    Observed,
+    Ready,
+    Reset,
+    Setup,
+    Step,
+    Stop,
+    decode,
+    encode,
+)
 from aiorl.environments.worker import EXIT_ORPHANED, TERMINATE, serve
 
 TOKEN = b"0123456789abcdef"
@@ -98,7 +111,7 @@ class Trainer:
         return decode(self.router.recv_multipart()[1:])
 
     def build(self, **kwargs: Any) -> None:
-        assert self.receive() == Hello(2, 1, 3, TOKEN)
+        assert self.receive() == Hello(2, PROTOCOL_VERSION, 3, TOKEN)
         self.send(Setup(2, EnvironmentSpec("walks:Walk", kwargs), (1,), (7,), 0))
         assert isinstance(self.receive(), Ready)
 
@@ -122,6 +135,7 @@ def test_a_conversation() -> None:
         trainer.send(Reset(2, 0, 1))
         first = trainer.receive()
         assert isinstance(first, Observed)
+        assert first.observations is not None
         assert first.observations.tolist()[0][:3] == [7, 1, 0]
         trainer.send(Step(2, 0, 2, np.zeros(1, np.int64)))
         assert isinstance(trainer.receive(), Observed)
@@ -129,7 +143,7 @@ def test_a_conversation() -> None:
         assert trainer.process.wait(10) == 0
 
 
-@pytest.mark.parametrize("message", [Reset(2, 0, 2), Stop(1), Hello(2, 1, 3, TOKEN)])
+@pytest.mark.parametrize("message", [Reset(2, 0, 2), Stop(1), Hello(2, PROTOCOL_VERSION, 3, TOKEN)])
 def test_messages_that_make_no_sense_are_reported(message: Message) -> None:
     with closing(Trainer()) as trainer:
         trainer.build()

@@ -247,3 +247,31 @@ class Differing(Walk):
             (Path(folder) / "made").touch(exist_ok=False)
         except FileExistsError:
             self.observation_space = spaces.Box(-np.inf, np.inf, (5,), np.float64)
+
+
+class Grains(gymnasium.Env[Any, Any]):
+    """Observes random bytes, whatever they are as numbers, in ``shape`` and ``dtype``; every third step or so ends it."""
+
+    def __init__(self, shape: tuple[int, ...] = (3,), dtype: str = "float32", reuse: bool = True) -> None:
+        low, high = (0, 255) if dtype == "uint8" else (-np.inf, np.inf)
+        self.observation_space = spaces.Box(low, high, tuple(shape), np.dtype(dtype).type)
+        self.action_space = spaces.Discrete(2)
+        self._buffer = np.zeros(shape, dtype)
+        self._reuse = reuse
+
+    def _observe(self) -> Any:
+        self._buffer.reshape(-1).view(np.uint8)[:] = self.np_random.integers(0, 256, self._buffer.nbytes, np.uint8)
+        return self._buffer if self._reuse else self._buffer.copy()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed, options=options)
+        return self._observe(), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        terminated, truncated = (self.np_random.random(2) < (0.2, 0.15)).tolist()
+        return self._observe(), float(self.np_random.random()), terminated, truncated, {}
+
+
+def grains(num_envs: int, autoreset: str, **kwargs: Any) -> SyncVectorEnv:
+    """A vector environment of them in one of Gymnasium's autoreset modes."""
+    return SyncVectorEnv([lambda: Grains(reuse=False, **kwargs)] * num_envs, autoreset_mode=autoreset)
