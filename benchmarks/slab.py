@@ -1,11 +1,12 @@
 """Observations in shared memory against observations in messages: what a tick costs at either end, by its size.
 
-    python benchmarks/slab.py [--kib 1 4 16 64 256 1024 2048] [--pairs 5] [--seconds 0.5]
+    python benchmarks/slab.py [--kib 1 4 16 64 256 1024 2048] [--pairs 20] [--seconds 0.1]
 
-One worker process hosts two groups of 16 environments that return a row and do nothing else. The trainer copies each tick's
-observations into a page, as training does, and steps on. The two ways alternate, pair after pair. Printed are medians over the
-pairs of ticks per second and of the processor time that a tick takes of the trainer's and of the worker's process (all their
-threads), and the ratio of ticks per second within a pair, with its range. `aiorl.environments.slab.MIN_BYTES` is taken from it.
+A worker process hosts two groups of 16 environments that return a row and do nothing else; the trainer copies each tick's
+observations into a page, as training does, and steps on. One such worker uses a slab and another one messages; they are driven
+in turn, pair after pair. Printed are the medians of ticks per second, the processor time that a tick takes of the trainer's and
+of the worker's process (all their threads), and the median and quartiles of the ratio of ticks per second within a pair.
+`aiorl.environments.slab.MIN_BYTES` is taken from it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import asyncio
 import statistics
 import time
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
@@ -28,13 +29,14 @@ from aiorl.environments.spaces import EnvironmentSpec
 from aiorl.environments.supervisor import open_workers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from aiorl.environments.make import Group
     from aiorl.environments.supervisor import Workers
 
 NUM_ENVS = 16
 NEVER, ALWAYS = 2**62, 0
+WARM_UP_S = 0.2
 
 
 class Still(gymnasium.Env[Any, Any]):
@@ -52,15 +54,6 @@ class Still(gymnasium.Env[Any, Any]):
     def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """The row."""
         return self._row, 0.0, False, False, {}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one measurement found."""
-
-    ticks_per_s: float
-    trainer_us: float
-    worker_us: float
 
 
 async def drive(group: Group, page: Any, until: float) -> int:
@@ -84,61 +77,84 @@ async def drive_all(workers: Workers, pages: Sequence[Any], seconds: float) -> i
     return sum(task.result() for task in driving)
 
 
-def worker_time_s() -> float:
-    """Processor time of the children of this process."""
-    times = [child.cpu_times() for child in psutil.Process().children()]
-    return sum(each.user + each.system for each in times)
+class Bench:
+    """One worker, and what has been measured of it."""
+
+    def __init__(self, workers: Workers, process: psutil.Process) -> None:
+        self.rates: list[float] = []
+        self._workers = workers
+        self._process = process
+        self._pages = [
+            np.empty((group.num_envs, *workers.info.observation.shape), np.uint8) for group in workers.groups
+        ]
+        self._trainer_s = 0.0
+        self._started_s = 0.0
+        self._num_ticks = 0
+
+    async def start(self) -> None:
+        """Starts the environments, and warms up."""
+        for group in self._workers.groups:
+            await group.reset()
+        await drive_all(self._workers, self._pages, WARM_UP_S)
+        self._started_s = self._worker_s()
+
+    async def measure(self, seconds: float) -> None:
+        """Steps for a while."""
+        since, trainer = time.perf_counter(), time.process_time()
+        num_ticks = await drive_all(self._workers, self._pages, seconds)
+        self._trainer_s += time.process_time() - trainer
+        self._num_ticks += num_ticks
+        self.rates.append(num_ticks / (time.perf_counter() - since))
+
+    def _worker_s(self) -> float:
+        times = self._process.cpu_times()
+        return times.user + times.system
+
+    def __str__(self) -> str:
+        trainer, worker = (
+            used / self._num_ticks * 1e6 for used in (self._trainer_s, self._worker_s() - self._started_s)
+        )
+        return f"{statistics.median(self.rates):10,.0f} {trainer:8.0f} {worker:8.0f}"
 
 
-async def measure(num_bytes: int, seconds: float, min_bytes: int) -> Cost:
-    """One worker, whose groups' observations of `num_bytes` lie in a slab unless they are below `min_bytes`."""
-    slab.MIN_BYTES = min_bytes  # type: ignore[misc]  # what a run has no setting for
+@asynccontextmanager
+async def opened(num_bytes: int, min_bytes: int) -> AsyncIterator[Bench]:
+    """A worker whose groups' observations of `num_bytes` lie in a slab unless that is below `min_bytes`."""
+    slab.MIN_BYTES = min_bytes  # type: ignore[misc]  # a run has no setting for it
     spec = EnvironmentSpec("slab:Still", {"num_bytes": num_bytes // NUM_ENVS})
     config = EnvironmentConfig(num_env_workers=1, envs_per_worker=2 * NUM_ENVS)
+    others = set(psutil.Process().children())
     async with open_workers(spec, config, LinkConfig(), env_seed=1, incarnation=0, force_sync=False) as workers:
-        pages = [np.empty_like(await group.reset()) for group in workers.groups]
-        await drive_all(workers, pages, seconds / 5)  # a warm-up
-        since, trainer, worker = time.perf_counter(), time.process_time(), worker_time_s()
-        num_ticks = await drive_all(workers, pages, seconds)
-        return Cost(
-            num_ticks / (time.perf_counter() - since),
-            (time.process_time() - trainer) / num_ticks * 1e6,
-            (worker_time_s() - worker) / num_ticks * 1e6,
-        )
+        (process,) = set(psutil.Process().children()) - others
+        bench = Bench(workers, process)
+        await bench.start()
+        yield bench
 
 
-def median(costs: Sequence[Cost]) -> Iterator[float]:
-    """Of each figure."""
-    for name in ("ticks_per_s", "trainer_us", "worker_us"):
-        yield statistics.median(getattr(cost, name) for cost in costs)
-
-
-def compare(num_bytes: int, pairs: int, seconds: float) -> str:
+async def compare(num_bytes: int, pairs: int, seconds: float) -> str:
     """A line of the table."""
-    messages, shared = [], []
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    async with opened(num_bytes, NEVER) as messages, opened(num_bytes, ALWAYS) as shared:
         for _ in range(pairs):
-            messages.append(runner.run(measure(num_bytes, seconds, NEVER)))
-            shared.append(runner.run(measure(num_bytes, seconds, ALWAYS)))
-    ratios = [ours.ticks_per_s / theirs.ticks_per_s for ours, theirs in zip(shared, messages, strict=True)]
-    figures = [
-        f"{rate:10,.0f} {trainer:8.0f} {worker:8.0f}" for rate, trainer, worker in map(median, (messages, shared))
-    ]
-    return f"{num_bytes // 1024:8,} | {' | '.join(figures)} | {statistics.median(ratios):5.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+            await messages.measure(seconds)
+            await shared.measure(seconds)
+        ratios = [ours / theirs for ours, theirs in zip(shared.rates, messages.rates, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        return f"{num_bytes // 1024:8,} | {messages} | {shared} | {middle:5.2f} ({low:.2f}-{high:.2f})"
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kib", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024, 2048], help="of a group's tick")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=0.1)
     args = parser.parse_args()
     columns = f"{'ticks/s':>10} {'trainer':>8} {'worker':>8}"
     print(f"{'':8} | {'in messages':28} | {'in a slab':28} | ratio of")
-    print(f"{'KiB':>8} | {columns} | {columns} | ticks/s (range)")
+    print(f"{'KiB':>8} | {columns} | {columns} | ticks/s (quartiles)")
     for kib in args.kib:
-        print(compare(kib * 1024, args.pairs, args.seconds), flush=True)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            print(runner.run(compare(kib * 1024, args.pairs, args.seconds)), flush=True)
     print("trainer, worker: processor time of a tick, us")
 
 

@@ -54,3 +54,26 @@ class Sticky(Chain):
         while Path(os.environ["AIORL_TEST_STICK"]).exists():
             signal.pause()
         return super().step(action)
+
+
+class Ticking(gymnasium.Env[np.ndarray[Any, Any], np.int64]):
+    """An image whose every pixel is the count of what the environment has shown, modulo 251."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (48, 48, 3), np.uint8)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def _observe(self) -> np.ndarray[Any, Any]:
+        self._count += 1
+        return np.full((48, 48, 3), self._count % 251, np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._observe(), {}
+
+    def step(self, action: np.int64) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation = self._observe()
+        ended = self._count % 7 == 0
+        return observation, 1.0, ended and self._count % 2 == 0, ended and self._count % 2 == 1, {}
