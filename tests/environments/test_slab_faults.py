@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,27 +211,28 @@ async def test_a_worker_stopped_replaced_and_continued_writes_into_nobody_s_rows
 
 
 async def test_memory_is_released_only_after_its_process_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    with closing(LinkServer("auto", lambda identity, frames: None, asyncio.get_running_loop())) as link:
+    with ExitStack() as stack:
+        link = stack.enter_context(closing(LinkServer("auto", lambda *_: None, asyncio.get_running_loop())))
         host = WorkerProcess(link, worker=0, incarnation=0, identity=b"w", token=b"t" * 16, on_end=lambda: None)
+        stack.callback(host.close)
         assert host.slab is not None
-        descriptor = host.slab.descriptor
-        os.kill(host._process.pid, signal.SIGSTOP)
-
-        def give_up(timeout: float) -> int:
-            raise subprocess.TimeoutExpired("worker", timeout)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(host._process, "wait", give_up)
-            assert not host.close()
-        os.fstat(descriptor)
+        descriptor, release = host.slab.descriptor, host.slab.release
         ends: list[int | None] = []
-        release = host.slab.release
 
         def note_and_release() -> None:
             ends.append(host._process.returncode)
             release()
 
+        def give_up(timeout: float) -> int:
+            raise subprocess.TimeoutExpired("worker", timeout)
+
         monkeypatch.setattr(host.slab, "release", note_and_release)
+        os.kill(host._process.pid, signal.SIGSTOP)
+        with monkeypatch.context() as patched:
+            patched.setattr(host._process, "wait", give_up)
+            assert not host.close()
+        assert ends == []
+        os.fstat(descriptor)
         assert host.close()
         assert ends == [-signal.SIGKILL]
         with pytest.raises(OSError, match="Bad file descriptor"):
