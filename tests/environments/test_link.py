@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from aiorl.environments.link import LinkServer, WorkerLink, check_endpoint, sweep
+from aiorl.environments.link import MAX_TURN, LinkServer, WorkerLink, check_endpoint, sweep
 from aiorl.environments.wire import Reset, Stop, encode
 from aiorl.errors import ConfigError
 
@@ -100,6 +100,19 @@ async def test_whoever_looks_at_the_socket_strands_no_message(look: str) -> None
             else:
                 assert not server.is_idle
             await inbox.holds(count)
+
+
+async def test_what_is_beyond_a_turn_s_limit_comes_in_the_next_turns() -> None:
+    inbox = Inbox()
+    with closing(listen("inproc://more", inbox)) as server, WorkerLink(server.context, server.endpoint, b"w") as worker:
+        num_messages = 2 * MAX_TURN + 1
+        for count in range(num_messages):
+            worker.send(Stop(count))
+        assert not server.is_idle  # the descriptor tells of nothing any more
+        await asyncio.sleep(0)
+        assert len(inbox.messages) == MAX_TURN
+        await inbox.holds(num_messages)
+        assert server.is_idle
 
 
 async def test_it_is_idle_unless_something_waits() -> None:
