@@ -49,6 +49,7 @@ def record_of(
         "sampling/lag_mean": update.lag_mean,
         "sampling/lag_max": update.lag_max,
         "sampling/groups": parts.rollout.num_groups,
+        "sampling/group_balance": _group_balance(sealed, parts.rollout.num_groups),
         "sampling/ticks": sealed.num_ticks,
         "sampling/batches": num_batches,
         "sampling/batch_size_mean": (batches.num_rows - before.num_rows) / num_batches if num_batches else None,
@@ -68,3 +69,10 @@ def record_of(
     return EpochRecord.make(
         epoch=sealed.epoch, num_samples=state.num_samples, time_s=state.elapsed_time_s, metrics=metrics
     )
+
+
+def _group_balance(sealed: SealedEpoch, num_groups: int) -> float:
+    """Ticks of the group with the fewest, relative to an equal share; a group that has landed none ever has no segment."""
+    ticks = [segment.num_ticks for segment in sealed.segments]
+    ticks += [0] * (num_groups - len(ticks))
+    return min(ticks) * len(ticks) / sum(ticks)

@@ -58,6 +58,11 @@ METRICS: Final[tuple[Metric, ...]] = (
     Metric("sampling/lag_mean", "versions", "Mean policy lag: newest version less the one that acted."),
     Metric("sampling/lag_max", "versions", "Largest policy lag of a kept row."),
     Metric("sampling/groups", "groups", "Environment groups that take part."),
+    Metric(
+        "sampling/group_balance",
+        "1",
+        "Ticks of the group that landed the fewest, relative to an equal share of all: 1 where all landed as many, 0 where one landed none.",
+    ),
     Metric("sampling/ticks", "ticks", "Steps of whole groups that landed."),
     Metric("sampling/batches", "batches", "Batches that were acted on."),
     Metric("sampling/batch_size_mean", "rows", "Mean size of these batches."),
