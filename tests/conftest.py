@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+import uvloop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+
+# libuv opens a pipe for signals with the first loop of a process, and keeps it.
+uvloop.new_event_loop().close()
 
 
 @pytest.fixture(

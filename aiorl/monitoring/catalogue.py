@@ -61,7 +61,7 @@ METRICS: Final[tuple[Metric, ...]] = (
     Metric(
         "sampling/group_balance",
         "1",
-        "Ticks of the group that landed the fewest, relative to an equal share of all: 1 where all landed as many, 0 where one landed none.",
+        "Ticks of the group that landed the fewest, relative to an equal share: 1 where all landed as many, 0 where one landed none.",
     ),
     Metric("sampling/ticks", "ticks", "Steps of whole groups that landed."),
     Metric("sampling/batches", "batches", "Batches that were acted on."),
