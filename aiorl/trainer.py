@@ -21,7 +21,7 @@ from aiorl.compute.threads import in_thread
 from aiorl.environments.config import LinkConfig
 from aiorl.environments.supervisor import open_workers
 from aiorl.errors import first_cause
-from aiorl.learning.acting import build_acting
+from aiorl.learning.acting import Compilation, build_acting, in_its_place
 from aiorl.learning.checkpoint import CheckpointStore, load_weights
 from aiorl.learning.learner import Learner
 from aiorl.learning.parallel import visible_devices
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from aiorl.learning.optim import LRSchedulerFactory, OptimizerFactory
     from aiorl.learning.snapshot import Contents
     from aiorl.models.base import Model
+    from aiorl.sampling.policy import Acting
     from aiorl.sampling.trajectory import SealedEpoch
 
 logger = logging.getLogger(__name__)
@@ -212,14 +213,21 @@ class ReinforcementLearningTrainer:
                 await hooks.call("on_after_load_checkpoint", state)
             settings = TorchSettings(num_threads=await in_thread(self._num_threads, model, task, workers, device))
             place = await stack.enter_async_context(Placement("learning", settings))
-            policy, infer = await self._acting(stack, model, task, device, settings, version=state.policy_version)
             group_rows = [group.num_envs for group in workers.groups]
             per_worker = max(1, len(group_rows) // max(1, workers.num_workers))
+            max_rows = sampling.max_batch_size or max(sampling.min_batch_size, sum(group_rows[::per_worker]))
+            compilation = (
+                Compilation(config.compiler, workers.info.observation, max_rows, sampling.optimal)
+                if config.compiler.model
+                else None
+            )
+            policy, infer = await self._acting(
+                stack, model, task, device, settings, compilation, version=state.policy_version
+            )
             batcher = await stack.enter_async_context(
                 MicroBatcher(
                     infer,
-                    max_batch_size=sampling.max_batch_size
-                    or max(sampling.min_batch_size, sum(group_rows[::per_worker])),
+                    max_batch_size=max_rows,
                     min_batch_size=sampling.min_batch_size,
                     max_wait_time=None if sampling.force_sync else sampling.max_wait_time,
                     name="acting",
@@ -353,17 +361,22 @@ class ReinforcementLearningTrainer:
         task: ReinforcementLearningTask,
         device: torch.device,
         settings: TorchSettings,
+        compilation: Compilation | None,
         *,
         version: int,
     ) -> tuple[Policy, Callable[[Any], Any]]:
         """The policy that acts, and the batcher's inference: NumPy on the loop for the built-in MLP, else torch in its place."""
-        optimal = self.config.sampling.optimal
-        acting = await in_thread(build_acting, model, task, device)
-        policy = Policy(acting, optimal=optimal, version=version)
+
+        def build() -> Acting:
+            with settings.applied():
+                return build_acting(model, task, device, compilation)
+
+        acting = await in_thread(build)
+        policy = Policy(acting, optimal=self.config.sampling.optimal, version=version)
         if isinstance(acting, NumpyActing):
             return policy, policy.act
         place = await stack.enter_async_context(Placement("acting", settings))
-        return policy, lambda rows: place.call(policy.act, rows)
+        return policy, in_its_place(policy, place)
 
 
 def _asks(task: ReinforcementLearningTask, state: State) -> Callable[[int], bool] | None:

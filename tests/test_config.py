@@ -137,6 +137,12 @@ def test_torch_and_gymnasium_are_not_imported() -> None:
         ),
         ("trainer.sampling={}", "trainer.sampling.num_epoch_samples", "is required", "set it, for example to 2048"),
         (
+            'trainer.compiler={backend = "eager", model_mode = "max-autotune"}',
+            "trainer.compiler.model_mode",
+            'is a mode of inductor, not of backend = "eager"',
+            'leave it at "default"',
+        ),
+        (
             "task.environment.groups_per_worker=17",
             "task.environment.groups_per_worker",
             "is above envs_per_worker = 16",
@@ -163,9 +169,7 @@ NOT_YET = [
     "trainer.detect_anomaly=true", "trainer.balance_grad_norms=true", "trainer.device=cuda", "trainer.device=cuda:1",
     "trainer.checkpoint.keep_best=1", "trainer.checkpoint.keep_last=3", "trainer.parallel.use_fsdp=true",
     "trainer.parallel.cpu_offload=true", "trainer.parallel.sharding_strategy=no_shard",
-    "trainer.parallel.sync_module_states=false", "trainer.compiler.model=true", "trainer.compiler.func=true",
-    "trainer.compiler.fullgraph=true", "trainer.compiler.dynamic=true", "trainer.compiler.backend=eager",
-    "trainer.compiler.model_mode=max-autotune", "trainer.compiler.func_mode=reduce-overhead",
+    "trainer.parallel.sync_module_states=false", "trainer.compiler.func=true", "trainer.compiler.func_mode=reduce-overhead",
     "trainer.mixed_precision.enabled=false", "trainer.mixed_precision.dtype=bfloat16",
     "trainer.mixed_precision.init_scale=2.0", "trainer.mixed_precision.growth_factor=3.0",
     "trainer.mixed_precision.backoff_factor=0.1", "trainer.mixed_precision.growth_interval=5",

@@ -207,7 +207,8 @@ def test_types_bounds_and_marks_are_spelt_out() -> None:
         ("`kwargs`", "table", "`{}`"),
     ):
         assert any(line.startswith(f"| {field} | {kind} | {default} | ") for line in lines), field
-    assert "| `model` ↻ | boolean | `false` | Compile the model. *Not available yet (torch.compile).* |" in lines
+    later = "*Not available yet (compiling the train step).*"
+    assert f"| `func` ↻ | boolean | `false` | Compile the train step. {later} |" in lines
 
 
 def test_the_order_of_a_norm_may_be_infinite() -> None:

@@ -9,20 +9,37 @@ from pydantic import Field
 from aiorl.section import MAY_DIFFER, Breach, Section, not_yet, rule
 
 CompileMode: TypeAlias = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
-_COMPILING = not_yet("torch.compile")
+_COMPILING = not_yet("compiling the train step")
 _AUTOCAST = not_yet("mixed precision")
 
 
 class CompilerConfig(Section):
     """What is compiled by ``torch.compile``, and how."""
 
-    model: Annotated[bool, MAY_DIFFER, _COMPILING] = Field(False, description="Compile the model.")
+    model: Annotated[bool, MAY_DIFFER] = Field(
+        False,
+        description="Compile acting, from observations to actions, before the first step; the learner's own passes are not. "
+        "Takes seconds at the start for each number of rows. Where it fails, a warning, and acting goes on without.",
+    )
     func: Annotated[bool, MAY_DIFFER, _COMPILING] = Field(False, description="Compile the train step.")
-    fullgraph: Annotated[bool, MAY_DIFFER, _COMPILING] = Field(False, description="Refuse graph breaks.")
-    dynamic: Annotated[bool, MAY_DIFFER, _COMPILING] = Field(False, description="Compile for dynamic shapes.")
-    backend: Annotated[str, MAY_DIFFER, _COMPILING] = Field("inductor", min_length=1, description="Compiler back end.")
-    model_mode: Annotated[CompileMode, MAY_DIFFER, _COMPILING] = Field("default", description="Mode for the model.")
+    fullgraph: Annotated[bool, MAY_DIFFER] = Field(
+        False, description="Refuse graph breaks: end with an error instead of compiling in pieces."
+    )
+    dynamic: Annotated[bool, MAY_DIFFER] = Field(
+        False,
+        description="Compile once for any number of rows, instead of padding batches to powers of two and compiling for each.",
+    )
+    backend: Annotated[str, MAY_DIFFER] = Field(
+        "inductor", min_length=1, description="Compiler back end, as torch names it; inductor wants a C++ compiler."
+    )
+    model_mode: Annotated[CompileMode, MAY_DIFFER] = Field("default", description="Inductor's mode for the model.")
     func_mode: Annotated[CompileMode, MAY_DIFFER, _COMPILING] = Field("default", description="Mode for the train step.")
+
+    @rule("model_mode", "backend")
+    def _only_inductor_has_modes(self) -> Breach | None:
+        if self.model_mode == "default" or self.backend == "inductor":
+            return None
+        return f'is a mode of inductor, not of backend = "{self.backend}"', 'leave it at "default"'
 
 
 class MixedPrecisionConfig(Section):

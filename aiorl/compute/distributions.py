@@ -56,7 +56,6 @@ class Categorical:
         """The probability of each action, floating ``[B, A]``."""
         return self.log_probabilities.exp()
 
-    @torch.no_grad()
     def sample(self, noise: Tensor) -> Tensor:
         """Draws by the inverse of the cumulative distribution.
 
@@ -76,11 +75,10 @@ class Categorical:
         """
         if noise.shape != self.log_probabilities.shape[:1]:
             raise ValueError(f"noise must be [{len(self.log_probabilities)}], not {list(noise.shape)}")
-        cumulative = self.log_probabilities.double().exp().cumsum(dim=1)
+        cumulative = self.log_probabilities.detach().double().exp().cumsum(dim=1)
         threshold = noise.double().clamp(max=_BELOW_ONE).unsqueeze(1) * cumulative[:, -1:]
         return (cumulative <= threshold).sum(dim=1)  # below A by construction: the last sum is above any threshold
 
-    @torch.no_grad()
     def mode(self) -> Tensor:
         """The most probable action of each row, the first of equals; int64 ``[B]``."""
         return self.log_probabilities.argmax(dim=1)
