@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class _Learned:
 
 
 class LoadedPolicy:
-    """The policy of a checkpoint: observations to actions. `load_policy` makes it.
+    """The policy of a checkpoint: observations to actions. `load_policy` makes it. Threads may share it, and take turns.
 
     Attributes:
         info: Observations and actions of the environment that it was trained in.
@@ -86,6 +87,7 @@ class LoadedPolicy:
         self._act = learned.act
         self._first_action = learned.first_action
         self._generator = np.random.default_rng(seed)
+        self._lock = threading.Lock()
 
     def __call__(self, observation: ArrayLike, *, optimal: bool = True) -> Any:
         """Chooses actions, in the environment's own numbering.
@@ -108,7 +110,8 @@ class LoadedPolicy:
             raise ValueError(text)
         is_batch = rows.ndim > len(spec.shape)
         rows = rows.reshape(-1, *spec.shape).astype(spec.dtype, casting="same_kind")
-        actions, _ = self._act(rows, self._generator.random(len(rows)), optimal)
+        with self._lock:
+            actions, _ = self._act(rows, self._generator.random(len(rows)), optimal)
         actions = actions + self._first_action
         return actions if is_batch else int(actions[0])
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from aiorl.compute.compiler import known_backends
 from aiorl.config import Config, differences, load_config, to_toml
 from aiorl.environments.link import check_endpoint
 from aiorl.environments.preflight import preflight
@@ -18,6 +19,7 @@ from aiorl.learning.checkpoint import CheckpointStore, check_weights
 from aiorl.learning.optim import build_lr_scheduler, build_optimizer
 from aiorl.models.base import build_model
 from aiorl.monitoring.folder import RunFolder
+from aiorl.section import suggestion
 from aiorl.tasks.base import build_task
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def _built(
 ) -> tuple[ReinforcementLearningTask, Model]:
     """Task and model, where nothing is in the way of a run."""
     trainer = config.trainer
-    faults = [*RunFolder.faults(trainer.exp_dir, trainer.exp_name), *_faulty_weights(config)]
+    faults = [*RunFolder.faults(trainer.exp_dir, trainer.exp_name), *_faulty_weights(config), *_faulty_backend(config)]
     try:
         check_endpoint(config.link.endpoint)
     except ConfigError as error:
@@ -94,6 +96,18 @@ def _faulty_weights(config: Config) -> list[Fault]:
         remedy = "name a run's folder, a checkpoint or a .safetensors file"
         return [Fault("trainer.checkpoint.load_from_ckpt_path", str(error), f'"{path}"', remedy)]
     return []
+
+
+def _faulty_backend(config: Config) -> list[Fault]:
+    """What is wrong with the compiler back end, where anything is compiled."""
+    compiler = config.trainer.compiler
+    if not compiler.model:
+        return []
+    known = known_backends()
+    if compiler.backend in known:
+        return []
+    remedy = suggestion(compiler.backend, known)
+    return [Fault("trainer.compiler.backend", "is no compiler back end of torch", f'"{compiler.backend}"', remedy)]
 
 
 def prepare(

@@ -49,6 +49,13 @@ async def saved(config: Config, num_steps: int = 6) -> RunFolder:
 
 
 # ---------------------------------------------------------------------- before anything is written
+def test_a_compiler_that_torch_does_not_know_is_a_fault(tmp_path: Path) -> None:
+    known = configured(tmp_path / "run", "trainer.compiler.model=true", "trainer.compiler.backend=eager")
+    check(known)
+    with pytest.raises(ConfigError, match=r"trainer\.compiler\.backend.*did you mean \"inductor\""):
+        check(configured(tmp_path / "run", "trainer.compiler.model=true", "trainer.compiler.backend=inductr"))
+
+
 def test_a_run_that_must_be_resumed_and_cannot_be_makes_no_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMissing, match="holds no checkpoint to resume"):
         prepared(configured(tmp_path / "new"), "must")
