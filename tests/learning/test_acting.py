@@ -28,6 +28,7 @@ from aiorl.models.config import MLPConfig
 from aiorl.models.mlp import MLP
 from aiorl.sampling.policy import CompiledActing, NumpyActing, Policy, TorchActing
 from aiorl.tasks.ppo import PPO
+from tests.integration.running import run_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -239,6 +240,15 @@ async def test_large_weights_are_loaded_in_the_acting_thread() -> None:
 
 
 # ---------------------------------------------------------------------- whole runs
+def test_a_run_acts_compiled(tmp_path: Path) -> None:
+    compiler = ("trainer.compiler.model=true", "trainer.compiler.backend=eager", "trainer.compiler.fullgraph=true")
+    ended = run_to_end(tmp_path / "run", *compiler, "trainer.max_epochs=3", "task.environment.num_env_workers=1")
+    assert ended.returncode == 0, ended.stderr
+    printed = ended.stdout + ended.stderr
+    assert "acting was compiled by eager" in printed
+    assert "WARNING" not in printed
+
+
 def test_a_run_without_a_compiler_acts_without_one_after_a_warning(tmp_path: Path) -> None:
     arguments = [
         *("trainer.compiler.model=true", "trainer.max_epochs=2", "trainer.sampling.num_epoch_samples=256"),
