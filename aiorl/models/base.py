@@ -28,8 +28,9 @@ class Model(nn.Module, ABC):
 
     Observations arrive as the environment gave them, ``[B, *shape]`` in the environment's own dtype; converting,
     scaling and flattening them is the model's business, but not in place: they are still to be stored. A model is
-    stateless between calls: each row is answered by itself, whatever stands beside it in the batch. Acting calls `policy` alone, the learner's preparation pass `value`
-    and, where policies may lag, `policy`, and the training step `forward`.
+    stateless between calls: each row is answered by itself, whatever stands beside it in the batch. Acting calls
+    `policy` alone, the learner's preparation pass `value` and, where policies may lag, `policy`, and the training step
+    `forward`.
 
     A model of one's own is named in the TOML as ``[model] name = "module:Name"`` and built as
     `build_model` says, or passed to ``aiorl.open_run`` as an object.
