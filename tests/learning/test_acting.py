@@ -93,6 +93,12 @@ def test_numpy_acts_for_the_built_in_mlp_alone() -> None:
     assert type(build_acting(mlp(), OwnActions(), CPU)) is TorchActing
 
 
+def test_torch_acts_for_a_large_mlp() -> None:
+    for hidden_sizes, back_end in (((256, 128), NumpyActing), ((256, 256), TorchActing)):
+        large = MLP(INFO, MLPConfig.model_validate({"name": "mlp", "hidden_sizes": hidden_sizes}))
+        assert type(build_acting(large, PPO(), CPU)) is back_end
+
+
 def test_compiled_acting_is_used_where_it_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "aiorl"):
         acting = build_acting(mlp(), PPO(), CPU, compilation(backend="eager", fullgraph=True))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,6 +104,26 @@ def test_actions_and_log_probabilities_are_the_models(back_end: Any, activation:
     assert actions[clear].tolist() == np.array(wanted)[clear].tolist()
     assert len(set(actions.tolist())) == 5
     np.testing.assert_allclose(log_probs, expected[np.arange(2000), actions], atol=2e-4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 511, 512, 513, 1024, 4000, 30_000])
+def test_numpy_multiplies_rows_in_blocks_without_a_difference(num_rows: int) -> None:
+    model = mlp()  # its largest layer, 32 x 16, takes 512 rows on one thread
+    rng = np.random.default_rng(2)
+    observations = rng.normal(size=(num_rows, 4)).astype(np.float32)
+    actions, log_probs = in_numpy(model).act(observations, rng.random(num_rows), optimal=False)
+    np.testing.assert_allclose(log_probs, plain(model, observations)[np.arange(num_rows), actions], atol=2e-4)
+
+
+def test_numpy_acts_on_the_calling_thread_alone() -> None:
+    acting = in_numpy(mlp())
+    observations, noise = np.ones((4096, 4), np.float32), np.zeros(4096)
+    acting.act(observations, noise, optimal=False)
+    alone, together = time.thread_time(), time.process_time()
+    for _ in range(50):
+        acting.act(observations, noise, optimal=False)
+    alone, together = time.thread_time() - alone, time.process_time() - together
+    assert together < 1.3 * alone
 
 
 @BACK_ENDS
