@@ -76,8 +76,8 @@ class TorchSettings:
 class Placement:
     """Runs each kind of computation on the loop while it is short, and on one thread of its own while it is long.
 
-    A kind is a function. Its first calls run on the thread, where they cannot hold the loop up; when their median is known its place
-    is fixed and logged.
+    A kind is a function. Its first calls run on the thread, where they cannot hold the loop up; then its place is fixed by the
+    shortest of them, since a busy machine lengthens any of them but shortens none, and logged.
 
     Args:
         name: What it computes, for the log and the thread's name.
@@ -118,14 +118,14 @@ class Placement:
             durations = self._durations.setdefault(kind, [])
             durations.append(duration_s)
             if len(durations) == _WARM_UP_CALLS:
-                self._place(kind, median(durations[1:]))
+                self._place(kind, min(durations))
         return result
 
-    def _place(self, kind: object, typical_s: float) -> None:
-        self._inline[kind] = typical_s <= LOOP_BUDGET_S
+    def _place(self, kind: object, shortest_s: float) -> None:
+        self._inline[kind] = shortest_s <= LOOP_BUDGET_S
         what = getattr(kind, "__name__", str(kind)).strip("_")
         where = "on the event loop" if self._inline[kind] else "on a thread of its own"
-        logger.debug("%s: %s takes %.1f ms, and runs %s", self.name, what, 1000 * typical_s, where)
+        logger.debug("%s: %s takes %.1f ms, and runs %s", self.name, what, 1000 * shortest_s, where)
 
     def _timed(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
         started = time.perf_counter()
