@@ -32,6 +32,7 @@ class Clock(Callback):
 
 
 async def main() -> None:
+    """Trains, and prints the figures."""
     path, *overrides = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         config = aiorl.load_config(

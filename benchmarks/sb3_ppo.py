@@ -20,6 +20,7 @@ NUM_ENVS = 16
 
 
 def main() -> None:
+    """Trains, and prints the figures."""
     seed = int(sys.argv[1])
     torch.set_num_threads(1)  # with two it is slower
     model = PPO(
