@@ -23,14 +23,16 @@ with warnings.catch_warnings():
         id: str = Field(
             "CartPole-v1",
             min_length=1,
-            description="A Gymnasium id, or `module:callable` that returns an environment, even one of coroutines.",
+            description="A Gymnasium id (of EnvPool's own where that is the `vectorization_mode`), or `module:callable` that "
+            "returns an environment, even one of coroutines.",
         )
         kwargs: Mapping[str, TomlValue] = Field(
             default_factory=dict, description="Keyword arguments of the environment's constructor."
         )
         wrappers: tuple[Annotated[str, Field(pattern=f"^{MODULE_NAME}$")], ...] = Field(
             (),
-            description="Wrappers, innermost first, each `module:callable` that takes an environment and returns one.",
+            description="Wrappers, innermost first, each `module:callable` that takes an environment and returns one; vector "
+            'environments both, unless `vectorization_mode` is "sync".',
         )
         register: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")], ...] = Field(
             (), description="Modules to import before the environment is made, for example `ale_py`."
@@ -46,11 +48,10 @@ with warnings.catch_warnings():
             description="Groups into which a worker's environments are divided: one steps while another waits for its "
             'actions; "auto" = 2 for a worker of at least 2 environments, 1 in process.',
         )
-        vectorization_mode: Annotated[
-            Literal["sync", "vector_entry_point"], not_yet("native vectorisation", "vector_entry_point")
-        ] = Field(
+        vectorization_mode: Literal["sync", "vector_entry_point", "envpool"] = Field(
             "sync",
-            description="How a group's environments step: one after the other, or by their own vectorised version.",
+            description="How a group's environments step: one after the other, by their own vectorised version, or by EnvPool "
+            "(`aiorl[envpool]`).",
         )
         env_worker_mode: Annotated[Literal["process", "thread"], MAY_DIFFER] = Field(
             "process", description="Whether workers are processes or threads of the trainer's."

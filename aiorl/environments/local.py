@@ -292,7 +292,7 @@ async def open_local(
 
 def _is_awaitable(spec: EnvironmentSpec, worker: int, env_cleanup_time: float) -> bool:
     """Whether a specification's environments are awaitable, which only one of them can tell."""
-    if spec.vectorization_mode == "vector_entry_point":
+    if spec.is_vector:
         return False
     with _reported(worker, "constructor"):
         return look_at_one(

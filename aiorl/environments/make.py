@@ -8,7 +8,7 @@ back end            what ``EnvironmentGroup.step`` returns in the tick that ends
 plain environments  ``same_step``: reset at once, and the next episode's first observation in ``observations``
 SAME_STEP           the same
 DISABLED            the same, reset by ``options={"reset_mask": ...}`` inside the tick
-NEXT_STEP           ``next_step``: the final observation in ``observations``; the tick after is no transition (reward 0,
+NEXT_STEP, EnvPool  ``next_step``: the final observation in ``observations``; the tick after is no transition (reward 0,
                     no flags) and brings the next episode's first observation
 ==================  ================================================================================================
 
@@ -22,16 +22,20 @@ import importlib
 import inspect
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import load_env_creator
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 
+from aiorl.environments.envpool import EnvPoolVectorEnv
 from aiorl.environments.rows import check_observation, stack_observations, stack_rewards
-from aiorl.environments.spaces import autoreset_mode, describe, first_action
+from aiorl.environments.spaces import describe, first_action
+from aiorl.environments.tick import Tick as Tick
+from aiorl.environments.vector import VectorBackEnd
+from aiorl.errors import ConfigError, Fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,28 +48,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Tick:
-    """What one step of a group brought.
-
-    Attributes:
-        observations: ``[K, *shape]``, from which the next actions are chosen.
-        rewards: float32 ``[K]``.
-        terminated: bool ``[K]``; wins where an environment sets both flags.
-        truncated: bool ``[K]``; by the environment.
-        final_observations: ``[E, *shape]``, in the order of ``np.flatnonzero(terminated | truncated)``.
-
-    Arrays may be read-only. Observations and final observations may be rewritten once the group's next ``step`` or
-    ``reset`` is called: whoever keeps them longer copies them.
-    """
-
-    observations: Array
-    rewards: NDArray[np.float32]
-    terminated: NDArray[np.bool_]
-    truncated: NDArray[np.bool_]
-    final_observations: Array
 
 
 class Group(Protocol):
@@ -136,44 +118,58 @@ def load(name: str) -> Any:
 def resolve(spec: EnvironmentSpec) -> Callable[..., Any]:
     """The constructor of what a specification names, its wrappers not yet applied; imports the modules that it needs.
 
-    It takes the environment's keyword arguments, and with ``"vector_entry_point"`` also ``num_envs``.
+    It takes the environment's keyword arguments, and with any mode but ``"sync"`` also ``num_envs``.
 
     Raises:
         gymnasium.error.UnregisteredEnv: No such Gymnasium id.
+        ConfigError: A vectorised version is asked for, and there is none.
         AttributeError: The module has no such name. Whatever an import raises comes through unchanged.
     """
     for module in spec.register:
         importlib.import_module(module)
     identifier = spec.id
+    if spec.vectorization_mode == "envpool":
+        return partial(EnvPoolVectorEnv, identifier)
     if ":" in identifier:
         try:
-            return _constructor(load(identifier))
+            return _constructor(load(identifier), spec)
         except AttributeError:
             identifier = identifier.partition(":")[2]  # Gymnasium's own way: a module that registers, and an id
             if identifier not in gymnasium.registry:
                 raise
     registration = gymnasium.spec(identifier)
-    if spec.vectorization_mode != "vector_entry_point":
+    if spec.vectorization_mode == "sync":
         # The checker only warns, and costs a call per step.
         return lambda **kwargs: gymnasium.make(identifier, **{"disable_env_checker": True, **kwargs})
     entry_point = registration.vector_entry_point
-    asked = {}
-    if entry_point is not None:
-        creator = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
-        asked = _same_step(creator)
-    mode = spec.vectorization_mode
-    return lambda **kwargs: gymnasium.make_vec(identifier, vectorization_mode=mode, **{**asked, **kwargs})
+    if entry_point is None:
+        fault = Fault(
+            "task.environment.vectorization_mode",
+            f"{identifier} has no vectorised version of its own",
+            '"vector_entry_point"',
+            'set it to "sync"',
+        )
+        raise ConfigError([fault])
+    asked = _same_step(load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point, spec)
+    return lambda **kwargs: gymnasium.make_vec(
+        identifier, vectorization_mode="vector_entry_point", **{**asked, **kwargs}
+    )
 
 
-def _constructor(callable_: Any) -> Callable[..., Any]:
+def _constructor(callable_: Any, spec: EnvironmentSpec) -> Callable[..., Any]:
     if not callable(callable_):
         raise TypeError(f"{callable_!r} is not callable")
-    asked = _same_step(callable_)
+    asked = _same_step(callable_, spec)
     return lambda **kwargs: callable_(**{**asked, **kwargs})
 
 
-def _same_step(creator: Callable[..., Any]) -> dict[str, AutoresetMode]:
-    """Keyword arguments that ask a vector environment for SAME_STEP, where it can be asked."""
+def _same_step(creator: Callable[..., Any], spec: EnvironmentSpec) -> dict[str, AutoresetMode]:
+    """Keyword arguments that ask a vector environment for SAME_STEP, where it can be asked and nothing wraps it.
+
+    Wrappers may know another mode only, as those of Gymnasium that change observations do.
+    """
+    if spec.wrappers or not spec.is_vector:
+        return {}
     try:
         parameters = inspect.signature(creator).parameters
     except (TypeError, ValueError):  # a class or function of an extension module
@@ -181,22 +177,36 @@ def _same_step(creator: Callable[..., Any]) -> dict[str, AutoresetMode]:
     return {"autoreset_mode": AutoresetMode.SAME_STEP} if "autoreset_mode" in parameters else {}
 
 
-def make_environment(spec: EnvironmentSpec, construct: Callable[..., Any], **more: Any) -> Any:
-    """One environment, inside the specification's wrappers.
+def make_environment(spec: EnvironmentSpec, construct: Callable[..., Any], num_envs: int = 1) -> Any:
+    """One environment, or one vector environment, inside the specification's wrappers.
 
     Args:
         spec: What to make.
         construct: What ``resolve(spec)`` returned.
-        **more: Further keyword arguments of the constructor.
+        num_envs: Of a vector environment.
 
     Raises:
         TypeError: What was made is no environment. Whatever a constructor raises comes through unchanged.
     """
-    environment = construct(**more, **spec.kwargs)
+    vector = {"num_envs": num_envs} if spec.is_vector else {}
+    environment = _checked(construct(**vector, **spec.kwargs), spec.id)
     for wrapper in spec.wrappers:
-        environment = load(wrapper)(environment)
+        environment = wrapped(environment, wrapper)
+    return environment
+
+
+def wrapped(environment: Any, wrapper: str) -> Any:
+    """An environment inside the wrapper that ``module:callable`` stands for.
+
+    Raises:
+        TypeError: What was made is no environment. Whatever the wrapper raises comes through unchanged.
+    """
+    return _checked(load(wrapper)(environment), wrapper)
+
+
+def _checked(environment: Any, source: str) -> Any:
     if not all(callable(getattr(environment, method, None)) for method in ("reset", "step", "close")):
-        raise TypeError(f"{environment!r}, which {spec.id} returned, is no environment: it has no reset, step or close")
+        raise TypeError(f"{environment!r}, which {source} returned, is no environment: it has no reset, step or close")
     return environment
 
 
@@ -242,14 +252,16 @@ class EnvironmentGroup:
         self.num_envs = num_envs
         self._environments = ExitStack()
         construct = resolve(spec)
-        self._back_end: _Plain | _Vector
+        self._back_end: _Plain | VectorBackEnd
         try:
-            if spec.vectorization_mode == "vector_entry_point":
-                vector = self._make(spec, construct, num_envs=num_envs)
+            if spec.is_vector:
+                vector = self._make(spec, construct)
                 if not isinstance(vector, VectorEnv):
                     raise TypeError(f'{vector} is no vector environment: set vectorization_mode = "sync"')
+                if vector.num_envs != num_envs:
+                    raise ValueError(f"{vector} has {vector.num_envs} environments, where {num_envs} were asked for")
                 self.info = describe(vector)
-                self._back_end = _Vector(vector, self.info, first_env)
+                self._back_end = VectorBackEnd(vector, self.info, first_env)
             else:
                 environments = [self._make(spec, construct) for _ in range(num_envs)]
                 self.info = _describe_alike(environments)
@@ -258,8 +270,8 @@ class EnvironmentGroup:
             self._environments.close()
             raise
 
-    def _make(self, spec: EnvironmentSpec, construct: Callable[..., Any], **more: Any) -> Any:
-        environment = make_environment(spec, construct, **more)
+    def _make(self, spec: EnvironmentSpec, construct: Callable[..., Any]) -> Any:
+        environment = make_environment(spec, construct, self.num_envs)
         self._environments.callback(close_environment, environment)
         return environment
 
@@ -267,8 +279,8 @@ class EnvironmentGroup:
         """Starts an episode in every environment.
 
         Args:
-            seeds: One per environment; a natively vectorised back end takes the first for all of them. None goes on
-                with the generators as they are, so that a second reset does not repeat the first.
+            seeds: One per environment; most vector environments take the first for all of them. None goes on with the
+                generators as they are, so that a second reset does not repeat the first.
             out: Where observations are to be written, ``[K, *shape]``; None: in a new array.
 
         Returns:
@@ -324,7 +336,7 @@ class _Plain:
         rows, rewards, finals = [], [], []
         terminated = np.zeros(len(self._steps_and_resets), np.bool_)
         truncated = np.zeros(len(self._steps_and_resets), np.bool_)
-        own_actions = (actions + self._first_action if self._first_action else actions).tolist()
+        own_actions = actions + self._first_action if self._first_action else actions
         for row, ((step, reset), action) in enumerate(zip(self._steps_and_resets, own_actions, strict=True)):
             observation, reward, is_terminated, is_truncated, _ = step(action)
             if is_terminated or is_truncated:
@@ -343,57 +355,4 @@ class _Plain:
         )
 
     def _stack(self, rows: list[Any], out: Array | None = None) -> Array:
-        return stack_observations(rows, self._shape, self._dtype, self._first_env, out)
-
-
-class _Vector:
-    """One vector environment, in any of the three autoreset modes."""
-
-    def __init__(self, environment: VectorEnv[Any, Any, Any], info: EnvironmentInfo, first_env: int) -> None:
-        self._environment = environment
-        self._first_env = first_env
-        self._shape = info.observation.shape
-        self._mode = autoreset_mode(environment)
-        self._first_action = first_action(environment)
-        self._dtype = np.dtype(info.observation.dtype)
-        self._takes_a_seed_each = isinstance(environment.unwrapped, SyncVectorEnv | AsyncVectorEnv)
-        self._ended = np.zeros(environment.num_envs, np.bool_)
-
-    def reset(self, seeds: Sequence[int] | None, out: Array | None) -> Array:
-        seed: Any = None
-        if seeds is not None:
-            seed = list(seeds) if self._takes_a_seed_each else seeds[0]
-        self._ended = np.zeros_like(self._ended)
-        observations, _ = self._environment.reset(seed=seed)
-        return self._stack(observations, out)
-
-    def step(self, actions: Array, out: Array | None) -> Tick:
-        observations, rewards, terminated, truncated, infos = self._environment.step(actions + self._first_action)
-        observations = self._stack(observations, out)  # a copy: the back end may reuse its own
-        rewards = stack_rewards(rewards, self._first_env)
-        terminated = np.array(terminated, np.bool_)
-        truncated = np.array(truncated, np.bool_) & ~terminated
-        if self._mode is AutoresetMode.NEXT_STEP:
-            rewards[self._ended] = 0.0
-            terminated[self._ended] = truncated[self._ended] = False
-        self._ended = terminated | truncated
-        return Tick(observations, rewards, terminated, truncated, self._finals(observations, infos))
-
-    def _finals(self, observations: Array, infos: dict[str, Any]) -> Array:
-        """Final observations ``[E, *shape]``; under DISABLED, resets what ended, in place."""
-        rows = np.flatnonzero(self._ended)
-        if not rows.size or self._mode is AutoresetMode.NEXT_STEP:
-            return observations[rows]
-        if self._mode is AutoresetMode.DISABLED:
-            finals = observations[rows]
-            fresh, _ = self._environment.reset(options={"reset_mask": self._ended.copy()})
-            observations[rows] = self._stack(fresh)[rows]
-            return finals
-        if "final_obs" not in infos:
-            raise ValueError(f'{self._environment} resets in the same step, and gives no infos["final_obs"]')
-        for row in rows.tolist():
-            check_observation(infos["final_obs"][row], self._shape, self._first_env + row)
-        return self._stack([infos["final_obs"][row] for row in rows])
-
-    def _stack(self, rows: Sequence[Any] | Array, out: Array | None = None) -> Array:
         return stack_observations(rows, self._shape, self._dtype, self._first_env, out)

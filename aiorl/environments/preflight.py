@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 import traceback
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final
 
 import gymnasium
 from gymnasium.vector import VectorEnv
 
-from aiorl.environments.make import load, make_environment, resolve
+from aiorl.environments.make import load, make_environment, resolve, wrapped
 from aiorl.environments.spaces import describe
 from aiorl.environments.specimen import look_at_one
 from aiorl.errors import ConfigError, Fault, UnsupportedSpace
@@ -56,15 +57,26 @@ def _make(spec: EnvironmentSpec) -> Any:
     for index, wrapper in enumerate(spec.wrappers):
         with _translated(f"wrappers[{index}]", wrapper, "cannot be imported"):
             load(wrapper)
-    more: dict[str, Any] = {"num_envs": 1} if spec.vectorization_mode == "vector_entry_point" else {}
+    if spec.is_vector and "num_envs" in spec.kwargs:
+        remedy = "leave it out: the groups say how many, by envs_per_worker and groups_per_worker"
+        raise ConfigError([Fault(f"{_TABLE}.kwargs.num_envs", "is not for the configuration to set", None, remedy)])
     with _translated("id", spec.id, "cannot be constructed"):
-        return make_environment(spec, construct, **more)
+        environment = make_environment(replace(spec, wrappers=()), construct)
+    remedy = ""
+    if spec.is_vector:
+        remedy = (
+            f'with vectorization_mode = "{spec.vectorization_mode}" it wraps a whole vector environment, as those of '
+        )
+        remedy += "gymnasium.wrappers.vector do"
+    for index, wrapper in enumerate(spec.wrappers):
+        with _translated(f"wrappers[{index}]", wrapper, "cannot wrap this environment", remedy):
+            environment = wrapped(environment, wrapper)
+    return environment
 
 
 def _look(spec: EnvironmentSpec, environment: Any) -> EnvironmentInfo:
-    wants_vector = spec.vectorization_mode == "vector_entry_point"
-    if isinstance(environment, VectorEnv) != wants_vector:
-        what, other = ("no vector", "sync") if wants_vector else ("a vector", "vector_entry_point")
+    if isinstance(environment, VectorEnv) != spec.is_vector:
+        what, other = ("no vector", "sync") if spec.is_vector else ("a vector", "vector_entry_point")
         remedy = f'set vectorization_mode = "{other}"'
         raise ConfigError([_fault("id", spec.id, f"makes {what} environment", remedy)])
     with _translated("id", spec.id, "cannot be described"):
@@ -76,33 +88,33 @@ def _fault(field: str, value: str, message: str, remedy: str = "") -> Fault:
 
 
 @contextmanager
-def _translated(field: str, value: str, failing: str) -> Iterator[None]:
-    """Turns whatever user code raises into a fault."""
+def _translated(field: str, value: str, failing: str, remedy: str = "") -> Iterator[None]:
+    """Turns whatever user code raises into a fault; the remedy is that of what is not known better."""
     try:
         yield
     except ConfigError:
         raise
     except UnsupportedSpace as error:
-        remedy = "choose another environment, or wrap this one"
-        raise ConfigError([_fault(field, value, str(error), remedy)]) from error
+        what = "choose another environment, or wrap this one"
+        raise ConfigError([_fault(field, value, str(error), what)]) from error
     except gymnasium.error.UnregisteredEnv as error:
-        remedy = "look at the id; an environment of another package also needs that package in `register`"
-        raise ConfigError([_fault(field, value, f"is unknown to Gymnasium: {error}", remedy)]) from error
+        what = "look at the id; an environment of another package also needs that package in `register`"
+        raise ConfigError([_fault(field, value, f"is unknown to Gymnasium: {error}", what)]) from error
     except AttributeError as error:
         if not isinstance(error.name, str) or failing != "cannot be imported":
-            raise ConfigError([_raised(field, value, failing, error)]) from error
+            raise ConfigError([_raised(field, value, failing, error, remedy)]) from error
         near = get_close_matches(error.name, dir(error.obj), n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else ""
-        raise ConfigError([_fault(field, value, f"{failing}: {error}", remedy)]) from error
+        what = f"did you mean {near[0]!r}?" if near else ""
+        raise ConfigError([_fault(field, value, f"{failing}: {error}", what)]) from error
     except BaseException as error:
-        raise ConfigError([_raised(field, value, failing, error)]) from error
+        raise ConfigError([_raised(field, value, failing, error, remedy)]) from error
 
 
-def _raised(field: str, value: str, failing: str, error: BaseException) -> Fault:
+def _raised(field: str, value: str, failing: str, error: BaseException, remedy: str) -> Fault:
     """A fault that says what was raised, and where; on the keyword arguments where it is they that were refused."""
     line = traceback.format_exception_only(error)[-1].strip()
     frame = traceback.extract_tb(error.__traceback__)[-1]
     message = f"{failing}: {line} ({frame.filename}, line {frame.lineno})"
-    if isinstance(error, TypeError) and "keyword argument" in str(error):
+    if field == "id" and isinstance(error, TypeError) and "keyword argument" in str(error):
         return Fault(f"{_TABLE}.kwargs", message, remedy="give the arguments that the environment's constructor takes")
-    return _fault(field, value, message)
+    return _fault(field, value, message, remedy)

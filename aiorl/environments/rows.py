@@ -61,9 +61,12 @@ def _write(
     """Writes rows where they are to lie, each once: 16 rows of 28 KB in two thirds of the time of an array and its copy."""
     if isinstance(rows, np.ndarray) and rows.shape == out.shape:
         np.copyto(out, rows, casting="same_kind")
+        return out
+    for env, observation in enumerate(rows, first_env):
+        check_observation(observation, shape, env)
+    if not shape:
+        np.copyto(out, np.array(rows), casting="same_kind")
     else:
-        for env, observation in enumerate(rows, first_env):
-            check_observation(observation, shape, env)
         np.concatenate(rows, out=out.reshape(-1, *shape[1:]), casting="same_kind")
     return out
 

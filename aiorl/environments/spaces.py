@@ -49,10 +49,11 @@ class EnvironmentSpec:
     Attributes:
         id: A Gymnasium id, or ``module:callable`` that returns an environment.
         kwargs: Keyword arguments of the constructor: numbers, strings, and lists and tables of them.
-        wrappers: ``module:callable`` each, innermost first; each takes an environment and returns one.
+        wrappers: ``module:callable`` each, innermost first; each takes an environment and returns one, or a vector
+            environment where the mode makes these.
         register: Modules to import first, for the environments that they register.
         vectorization_mode: ``"sync"`` steps the environments of a group one after the other; ``"vector_entry_point"``
-            uses the environment's own vectorised version.
+            uses the environment's own vectorised version, ``"envpool"`` EnvPool's.
     """
 
     id: str
@@ -60,6 +61,11 @@ class EnvironmentSpec:
     wrappers: tuple[str, ...] = ()
     register: tuple[str, ...] = ()
     vectorization_mode: str = "sync"
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether a group is one vector environment, which its wrappers wrap as a whole."""
+        return self.vectorization_mode != "sync"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from aiorl.environments.spaces import EnvironmentInfo
     from aiorl.models.config import ModelConfig
 
-_BUILT_IN = {"mlp": "aiorl.models.mlp:MLP"}
+_BUILT_IN = {"mlp": "aiorl.models.mlp:MLP", "cnn": "aiorl.models.cnn:CNN", "nature_cnn": "aiorl.models.cnn:NatureCNN"}
 _FAILING = "cannot be constructed"
+
+LayerT = TypeVar("LayerT", nn.Linear, nn.Conv2d)
 
 
 class Model(nn.Module, ABC):
@@ -111,6 +113,14 @@ def build_model(config: ModelConfig, info: EnvironmentInfo) -> Model:
     if not isinstance(model, Model):
         raise _no_model(config)
     return model
+
+
+def orthogonal(layer: LayerT, gain: float) -> LayerT:
+    """The layer with orthogonal weights of a gain, drawn from torch's global generator, and biases of 0."""
+    nn.init.orthogonal_(layer.weight, gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _no_model(config: ModelConfig) -> ConfigError:

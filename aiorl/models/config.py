@@ -6,17 +6,17 @@ Without one, every further key of the table is handed to it in ``config.options`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field
 
-from aiorl.section import MODULE_NAME, Section, TomlValue, choose_variant
+from aiorl.section import MODULE_NAME, Breach, Section, TomlValue, choose_variant, rule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _NAME = rf"^(\w+|{MODULE_NAME})$"
-_NAMES = '`"mlp"`, or `module:Name` of a class of your own.'
+_NAMES = '`"mlp"`, `"cnn"` or `"nature_cnn"`, or `module:Name` of a class of your own.'
 
 
 class ModelConfig(Section):
@@ -53,5 +53,40 @@ class MLPConfig(ModelConfig):
     shared_trunk: bool = Field(False, description="Share the hidden layers between policy and value.")
 
 
-MODELS: Mapping[str, type[ModelConfig]] = {"mlp": MLPConfig}
+_Sizes: TypeAlias = tuple[Annotated[int, Field(ge=1)], ...]
+
+
+class CNNConfig(ModelConfig):
+    """A convolutional network over images, with a policy head and a value head on one trunk."""
+
+    name: str = Field("cnn", pattern=_NAME, description=_NAMES)
+    channels: _Sizes = Field((32, 64, 64), min_length=1, description="Output channels of each convolution.")
+    kernel_sizes: _Sizes = Field((8, 4, 3), description="Side of each convolution's square kernel, in pixels.")
+    strides: _Sizes = Field((4, 2, 1), description="Stride of each convolution, in pixels.")
+    hidden_sizes: _Sizes = Field((512,), description="Widths of the linear layers between convolutions and heads.")
+    activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = Field(
+        "relu", description="Non-linearity after each convolution and each hidden layer."
+    )
+
+    @rule("kernel_sizes", "channels")
+    def _every_convolution_has_a_kernel(self) -> Breach | None:
+        return self._as_many(self.kernel_sizes)
+
+    @rule("strides", "channels")
+    def _every_convolution_has_a_stride(self) -> Breach | None:
+        return self._as_many(self.strides)
+
+    def _as_many(self, sizes: _Sizes) -> Breach | None:
+        if len(sizes) == len(self.channels):
+            return None
+        return f"has {len(sizes)} entries, and channels has {len(self.channels)}", "give one for each convolution"
+
+
+class NatureCNNConfig(ModelConfig):
+    """The network of Mnih et al. 2015, which is what `"cnn"` is by default."""
+
+    name: str = Field("nature_cnn", pattern=_NAME, description=_NAMES)
+
+
+MODELS: Mapping[str, type[ModelConfig]] = {"mlp": MLPConfig, "cnn": CNNConfig, "nature_cnn": NatureCNNConfig}
 """The models that are called by name."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from aiorl.compute.distributions import Categorical
 from aiorl.errors import UnsupportedSpace
-from aiorl.models.base import Model
+from aiorl.models.base import Model, orthogonal
 from aiorl.models.config import MLPConfig
 
 if TYPE_CHECKING:
@@ -142,10 +142,7 @@ def _trunk(sizes: Sequence[int]) -> nn.ModuleList:
 
 
 def _linear(fan_in: int, fan_out: int, *, gain: float) -> nn.Linear:
-    layer = nn.Linear(fan_in, fan_out)
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
+    return orthogonal(nn.Linear(fan_in, fan_out), gain)
 
 
 def _layers(trunk: Iterable[nn.Module]) -> list[nn.Linear]:
