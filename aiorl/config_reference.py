@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from aiorl.config import built_in_tables
+from aiorl.models.config import MODELS
 from aiorl.section import is_optional, mark_of, may_differ
+from aiorl.tasks.config import TASKS
 from aiorl.toml import literal
 from aiorl.validation import section_of
 
@@ -45,7 +47,15 @@ _NAMES = {int: "integer", float: "number", bool: "boolean", str: "string"}
 
 def reference() -> str:
     """The page ``docs/configuration.md``, in Markdown: each table with its fields, types, defaults and meanings."""
-    return "\n".join([_HEAD, *(_table(path, section) for path, section in built_in_tables())])
+    return "\n".join([_HEAD, *(_table(path, section) for path, section in _tables())])
+
+
+def _tables() -> Iterator[tuple[str, type[Section]]]:
+    """Every table with its TOML path and section; those that a name chooses, under each of their names."""
+    named: dict[str, Mapping[str, type[Section]]] = {"task": TASKS, "model": MODELS}
+    for path, section in built_in_tables():
+        yield path, section
+        yield from ((path, other) for other in named.get(path, {}).values() if other is not section)
 
 
 def _table(path: str, section: type[Section]) -> str:

@@ -380,6 +380,9 @@ def _record(learned: _Learned, path: Path, *, optimal: bool, seed: int) -> None:
     """Plays the first environment's first episode, and records it."""
     if learned.info.is_awaitable:
         raise unrenderable(path, "is awaitable, and cannot be recorded")
+    if learned.environment.is_vector:
+        mode = learned.environment.vectorization_mode
+        raise unrenderable(path, f'has vectorization_mode = "{mode}": only single environments can be recorded')
     spec = dataclasses.replace(learned.environment, kwargs={**learned.environment.kwargs, "render_mode": "rgb_array"})
     noise = _noise(seed, 0, 1)
 

@@ -107,7 +107,7 @@ def test_torch_and_gymnasium_are_not_imported() -> None:
         ),
         # names
         ("task.name=pp", "task.name", "is unknown", 'did you mean "ppo"?'),
-        ("model.name=cnn", "model.name", "is unknown", "module:Name"),
+        ("model.name=nature", "model.name", "is unknown", "module:Name"),
         ("task.name=no.such:Task", "task.name", "cannot be imported", "import path"),
         ("task.name=3", "task.name", "should be a string", 'the default is "ppo"'),
         # rules over several fields and tables
@@ -149,6 +149,12 @@ def test_torch_and_gymnasium_are_not_imported() -> None:
             'lower it, or write "auto"',
         ),
         (
+            'model={name = "cnn", channels = [8], strides = [8]}',
+            "model.kernel_sizes",
+            "has 3 entries, and channels has 1",
+            "give one for each convolution",
+        ),
+        (
             "lr_scheduler.name=linear",
             "lr_scheduler.name",
             "needs to know when training ends",
@@ -179,7 +185,7 @@ NOT_YET = [
     "trainer.profiler.wait_steps=1", "trainer.profiler.warmup_steps=1", "trainer.profiler.active_steps=1",
     "trainer.profiler.repeat_steps=2", "trainer.profiler.skip_first_steps=1", "trainer.profiler.table_size=1",
     "task.environment.num_env_workers=auto", "task.environment.envs_per_worker=auto",
-    "task.environment.vectorization_mode=vector_entry_point", "task.environment.reset_timeout=1",
+    "task.environment.reset_timeout=1",
     "task.environment.step_timeout=1", "task.environment.on_worker_failure=replace", "task.environment.launcher=ray",
     "task.environment.max_worker_rss_bytes=1", "link.key_dir=keys", "console.enabled=true",
 ]  # fmt: skip

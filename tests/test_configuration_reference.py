@@ -8,6 +8,7 @@ from typing import Any
 
 from aiorl.config import Config, built_in_tables
 from aiorl.config_reference import reference
+from aiorl.models.config import MODELS
 from aiorl.section import Section
 from aiorl.validation import section_of
 
@@ -147,6 +148,20 @@ EXPECTED: dict[str, dict[str, Any]] = {
 }
 
 
+# The models that are called by another name.
+NAMED: dict[str, dict[str, Any]] = {
+    "cnn": {
+        "name": "cnn",
+        "channels": (32, 64, 64),
+        "kernel_sizes": (8, 4, 3),
+        "strides": (4, 2, 1),
+        "hidden_sizes": (512,),
+        "activation": "relu",
+    },
+    "nature_cnn": {"name": "nature_cnn"},
+}
+
+
 def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == reference(), (
         "write it anew: python -c 'from aiorl.config_reference import reference; print(reference(), end=\"\")' "
@@ -167,6 +182,15 @@ def test_every_field_has_its_name_default_and_type() -> None:
     for path, fields in EXPECTED.items():
         for name, default in fields.items():
             assert type(found[path][name]) is type(default), f"{path}.{name}"
+
+
+def test_every_named_model_has_its_fields_and_stands_on_the_page() -> None:
+    assert {"mlp": EXPECTED["model"], **NAMED} == {name: model().values() for name, model in MODELS.items()}
+    text = PAGE.read_text(encoding="utf-8")
+    for name, fields in NAMED.items():
+        _, _, table = text.partition(f'## `[model]`, `name = "{name}"`')
+        for field in fields:
+            assert f"| `{field}`" in table.partition("\n## ")[0], f"{name}.{field}"
 
 
 def test_tables_are_nested_as_they_are_named() -> None:

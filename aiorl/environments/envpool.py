@@ -74,14 +74,14 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, Any]):
             seed: One for all, or one per environment.
             options: EnvPool has none that resets all of them.
         """
-        if seed is not None or self._pool is None:
-            self._pool = None  # joins its threads
-            seeded = {} if seed is None else {"seed": seed if isinstance(seed, int) else list(seed)}
-            with _quiet():
+        with _quiet():
+            if seed is not None or self._pool is None:
+                self._pool = None  # joins its threads
+                seeded = {} if seed is None else {"seed": seed if isinstance(seed, int) else list(seed)}
                 self._pool = _import_envpool().make(
                     self._identifier, env_type="gymnasium", num_envs=self.num_envs, **self._kwargs, **seeded
                 )
-        observations, infos = self._pool.reset()
+            observations, infos = self._pool.reset()
         return observations, infos
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:

@@ -6,7 +6,8 @@ Dimensions: B rows of the epoch, m trajectories that are bootstrapped.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,12 +15,14 @@ import torch
 from aiorl.tasks.base import ReinforcementLearningTask
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from aiorl.models.base import Model
     from aiorl.sampling.trajectory import SealedEpoch, TrajectoryBatch
 
 _CHUNK_ROWS = 16_384
+_CHUNK_NUMBERS = 2**24  # of observations: what a network makes of an image takes a few times its numbers
 
 
 def prepare(
@@ -56,11 +59,26 @@ def _add_values(batch: TrajectoryBatch, model: Model, device: torch.device) -> N
     values = np.zeros(num_rows + len(batch.bootstrap_rows), np.float32)
     evaluate = getattr(model, "value", None)
     if evaluate is not None:
-        observations = np.concatenate([batch.observations, batch.bootstrap_observations])
-        for begin in range(0, len(values), _CHUNK_ROWS):
-            chunk = torch.as_tensor(observations[begin : begin + _CHUNK_ROWS], device=device)
-            values[begin : begin + _CHUNK_ROWS] = evaluate(chunk).float().cpu().numpy()
+        size = _chunk_rows(batch)
+        for begin in range(0, len(values), size):
+            chunk = torch.as_tensor(_observations(batch, begin, begin + size), device=device)
+            values[begin : begin + size] = evaluate(chunk).float().cpu().numpy()
     batch.set_values(values[:num_rows], values[num_rows:])
+
+
+def _chunk_rows(batch: TrajectoryBatch) -> int:
+    """Rows that the model is given at once."""
+    return max(1, min(_CHUNK_ROWS, _CHUNK_NUMBERS // math.prod(batch.observations.shape[1:])))
+
+
+def _observations(batch: TrajectoryBatch, begin: int, stop: int) -> NDArray[Any]:
+    """Rows of the observations followed by the bootstrap observations, copied only where the ones follow the others."""
+    num_rows = len(batch)
+    if stop <= num_rows:
+        return batch.observations[begin:stop]
+    if begin >= num_rows:
+        return batch.bootstrap_observations[begin - num_rows : stop - num_rows]
+    return np.concatenate([batch.observations[begin:], batch.bootstrap_observations[: stop - num_rows]])
 
 
 @torch.no_grad()
@@ -69,8 +87,9 @@ def _add_start_log_probs(
 ) -> None:
     """``extras["start_log_probs"]``, float32 ``[B]``; none where the task draws for itself and gives no distribution."""
     log_probs = np.empty(len(batch), np.float32)
-    for begin in range(0, len(batch), _CHUNK_ROWS):
-        rows = slice(begin, begin + _CHUNK_ROWS)
+    size = _chunk_rows(batch)
+    for begin in range(0, len(batch), size):
+        rows = slice(begin, begin + size)
         chosen = task.get_actions(model, torch.as_tensor(batch.observations[rows], device=device), optimal=False)
         if isinstance(chosen, tuple):
             return

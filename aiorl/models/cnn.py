@@ -51,8 +51,8 @@ class CNN(Model):
             config: The layers.
 
         Raises:
-            UnsupportedSpace: Observations are no images, or the actions are not one discrete choice.
-            ConfigError: The images are too small for the convolutions.
+            ConfigError: Observations are no images, or too small for the convolutions.
+            UnsupportedSpace: The actions are not one discrete choice.
         """
         super().__init__()
         _check_spaces(info, config.name)
@@ -112,10 +112,12 @@ def _check_spaces(info: EnvironmentInfo, name: str) -> None:
     observation, action = info.observation, info.action
     is_image = len(observation.shape) == 3 and (observation.dtype == "uint8" or np.dtype(observation.dtype).kind == "f")
     if not is_image:
-        raise UnsupportedSpace(
-            f"the model {name!r} takes images [channels, height, width] of uint8 or of floats, not observations of shape "
-            f'{observation.shape} of {observation.dtype}; for vectors of numbers set model.name = "mlp"'
+        message = (
+            "takes images [channels, height, width] of uint8 or of floats, and the environment's observations have "
         )
+        message += f"the shape {observation.shape} and the type {observation.dtype}"
+        remedy = 'set it to "mlp", or wrap the environment so that it gives images'
+        raise ConfigError([Fault("model.name", message, f'"{name}"', remedy)])
     if action.shape != () or info.num_actions < 1:
         raise UnsupportedSpace(
             f"the model {name!r} chooses one of a number of discrete actions; the environment's actions have the shape "

@@ -76,6 +76,14 @@ def test_every_autoreset_mode_gives_the_same_trajectories(mode: str, both: bool)
     group.close()
 
 
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
+def test_arrays_that_a_vector_environment_reuses_are_not_handed_on(mode: str) -> None:
+    spec = EnvironmentSpec("walks:vector", {"autoreset": mode, "copy": False}, vectorization_mode="vector_entry_point")
+    group = EnvironmentGroup(spec, len(SEEDS))
+    assert played(group, 60) == [reference(seed, 60) for seed in SEEDS]
+    group.close()
+
+
 def test_the_last_reward_and_the_final_observation_are_kept() -> None:
     group = EnvironmentGroup(WALK, 1)
     transitions = played_alone(group)
@@ -98,21 +106,6 @@ def played_alone(group: EnvironmentGroup) -> list[Transition]:
         found.append((tuple(observations[0]), action, float(tick.rewards[0]), *flags, tuple(following[0])))
         observations = tick.observations
     return found
-
-
-def test_gymnasium_s_own_vectorised_version_is_masked_after_an_end() -> None:
-    group = EnvironmentGroup(EnvironmentSpec("CartPole-v1", vectorization_mode="vector_entry_point"), 4)
-    assert group.info.autoreset == "next_step"
-    group.reset([1, 2, 3, 4])
-    ended = np.zeros(4, bool)
-    num_ends = 0
-    for _ in range(100):
-        tick = group.step(np.ones(4, np.int64))
-        assert (tick.rewards == ~ended).all()
-        ended = tick.terminated | tick.truncated
-        num_ends += len(tick.final_observations)
-    assert num_ends > 20
-    group.close()
 
 
 def test_same_step_is_asked_for_where_it_can_be() -> None:
@@ -164,6 +157,11 @@ def test_large_observations_keep_shape_and_type() -> None:
         (EnvironmentSpec("walks:Nested"), UnsupportedSpace, "Dict"),
         (EnvironmentSpec("walks:AwaitableWalk"), TypeError, "num_env_workers = 0"),
         (EnvironmentSpec("walks:Walk", vectorization_mode="vector_entry_point"), TypeError, "num_envs"),
+        (
+            EnvironmentSpec("walks:three", vectorization_mode="vector_entry_point"),
+            ValueError,
+            "has 3 env.* where 2 were",
+        ),
         (EnvironmentSpec("walks:NOT_CALLABLE"), TypeError, "not callable"),
         (EnvironmentSpec("builtins:dict"), TypeError, "is no environment"),
         (EnvironmentSpec("walks:Missing"), AttributeError, "Missing"),

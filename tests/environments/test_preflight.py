@@ -81,6 +81,7 @@ def test_awaitable_environments_are_for_the_trainer_s_own_loop() -> None:
     assert not preflight(EnvironmentSpec("walks:Walk"), num_env_workers=2).is_awaitable
 
 
+VECTOR = "vector_entry_point"
 RAISES: dict[str, Any] = {"misbehave": "raise", "where": "constructor"}
 
 
@@ -101,6 +102,26 @@ RAISES: dict[str, Any] = {"misbehave": "raise", "where": "constructor"}
         (EnvironmentSpec("CartPole-v1", register=("json", "no_such")), "register[1]", "No module named 'no_such'", ""),
         (EnvironmentSpec("CartPole-v1", wrappers=("walks:Doublet",)), "wrappers[0]", "'Doublet'", "'Doubled'"),
         (EnvironmentSpec("walks:vector", {"num_envs": 1}), "id", "a vector environment", "vector_entry_point"),
+        (
+            EnvironmentSpec("Acrobot-v1", vectorization_mode=VECTOR),
+            "vectorization_mode",
+            "no vectorised version",
+            "sync",
+        ),
+        (
+            EnvironmentSpec("walks:vector", {"num_envs": 1}, vectorization_mode=VECTOR),
+            "kwargs.num_envs",
+            "",
+            "leave it out",
+        ),
+        (EnvironmentSpec("walks:Walk", wrappers=("walks:NOT_CALLABLE",)), "wrappers[0]", "not callable", ""),
+        (EnvironmentSpec("walks:Walk", wrappers=("builtins:repr",)), "wrappers[0]", "is no environment", ""),
+        (
+            EnvironmentSpec("walks:vector", wrappers=("walks:Doubled",), vectorization_mode=VECTOR),
+            "wrappers[0]",
+            "cannot wrap this environment",
+            "gymnasium.wrappers.vector",
+        ),
     ],
     ids=lambda value: value.id if isinstance(value, EnvironmentSpec) else "",
 )

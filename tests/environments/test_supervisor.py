@@ -345,3 +345,43 @@ async def test_workers_that_differ_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ProtocolMismatch, match="other environments than worker 0"):
         async with workers_of("walks:Differing", kwargs, envs_per_worker=1, env_worker_mode="thread"):
             pytest.fail("it was not to start")
+
+
+VECTORS = {
+    "gymnasium": EnvironmentSpec("CartPole-v1", {"max_episode_steps": 15}, vectorization_mode="vector_entry_point"),
+    "ale": EnvironmentSpec(
+        "ALE/Pong-v5", {"max_num_frames_per_episode": 80}, (), ("ale_py",), vectorization_mode="vector_entry_point"
+    ),
+    "envpool": EnvironmentSpec("CartPole-v1", {"max_episode_steps": 15}, vectorization_mode="envpool"),
+}
+
+
+@pytest.mark.parametrize("back_end", VECTORS)
+async def test_vector_environments_do_the_same_in_a_worker(back_end: str) -> None:
+    if back_end != "gymnasium":
+        pytest.importorskip({"ale": "ale_py", "envpool": "envpool"}[back_end], reason="an extra of aiorl installs it")
+    found = []
+    for num_env_workers, envs_per_worker in ((2, 4), (0, 8)):
+        config = EnvironmentConfig(
+            num_env_workers=num_env_workers,
+            envs_per_worker=envs_per_worker,
+            groups_per_worker=2 if num_env_workers else 4,
+        )
+        async with open_workers(
+            VECTORS[back_end], config, LinkConfig(), env_seed=5, incarnation=0, force_sync=False
+        ) as workers:
+            assert [group.num_envs for group in workers.groups] == [2, 2, 2, 2]
+            found.append([await shown(group, 40) for group in workers.groups])
+    in_workers, in_process = found
+    assert in_workers == in_process
+    assert len({tuple(group) for group in in_workers}) == 4  # each group has a seed of its own
+
+
+async def shown(group: Group, num_steps: int) -> list[bytes]:
+    """Everything that a group shows, as bytes."""
+    found = [(await group.reset()).tobytes()]
+    for number in range(num_steps):
+        tick = await group.step(np.full(group.num_envs, number % 2))
+        parts = tick.observations, tick.rewards, tick.terminated, tick.truncated, tick.final_observations
+        found += [np.ascontiguousarray(part).tobytes() for part in parts]
+    return found

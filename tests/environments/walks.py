@@ -114,9 +114,14 @@ class Copied(Walk):
         return super()._observe().copy()
 
 
-def vector(num_envs: int, autoreset: str = "SameStep", **kwargs: Any) -> SyncVectorEnv:
-    """A vector environment of walks in one of Gymnasium's autoreset modes."""
-    return SyncVectorEnv([lambda: Copied(**kwargs)] * num_envs, autoreset_mode=autoreset)
+def vector(num_envs: int, autoreset: str = "SameStep", copy: bool = True, **kwargs: Any) -> SyncVectorEnv:
+    """A vector environment of walks in one of Gymnasium's autoreset modes; ``copy=False`` reuses one array."""
+    return SyncVectorEnv([lambda: Copied(**kwargs)] * num_envs, copy=copy, autoreset_mode=autoreset)
+
+
+def three(num_envs: int) -> SyncVectorEnv:
+    """Makes three environments, whatever it is asked."""
+    return vector(3)
 
 
 class Asked(SyncVectorEnv):
