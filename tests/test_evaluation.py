@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from PIL import Image
 from torch import Tensor
 
@@ -70,6 +71,11 @@ class Uneven(gymnasium.Env[Any, Any]):
 
     def _observation(self) -> Any:
         return np.array([self._at, self._length], np.float32)
+
+
+def side_by_side(num_envs: int) -> SyncVectorEnv:
+    """The same as a vector environment."""
+    return SyncVectorEnv([Uneven] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
 
 
 class Awaited:
@@ -213,9 +219,18 @@ def test_a_policy_is_loaded_inside_a_running_loop_too(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- evaluate
-@pytest.mark.parametrize("world", ["Uneven", "Awaited"])
-def test_each_environment_plays_a_fixed_share_whatever_its_episodes_length(tmp_path: Path, world: str) -> None:
-    folder = saved_run(tmp_path, f"task.environment.id=tests.test_evaluation:{world}")
+VECTOR = "task.environment.vectorization_mode=vector_entry_point"
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [("Uneven", ()), ("Awaited", ()), ("side_by_side", (VECTOR,))],
+    ids=["plain", "awaitable", "vector"],
+)
+def test_each_environment_plays_a_fixed_share_whatever_its_episodes_length(
+    tmp_path: Path, world: str, overrides: tuple[str, ...]
+) -> None:
+    folder = saved_run(tmp_path, f"task.environment.id=tests.test_evaluation:{world}", *overrides)
     evaluation = evaluate(folder, episodes=37)
     returns, lengths = reference(16, [3] * 5 + [2] * 11, seed=5)
     assert evaluation.lengths.tolist() == lengths
@@ -304,15 +319,18 @@ def test_a_clip_has_max_steps_at_most(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "name", "message"),
+    ("world", "overrides", "name", "message"),
     [
-        ("Uneven", "clip.avi", "neither a .gif nor an .mp4"),
-        ("Unseen", "clip.gif", "cannot be rendered"),
-        ("Awaited", "clip.gif", "is awaitable"),
+        ("Uneven", (), "clip.avi", "neither a .gif nor an .mp4"),
+        ("Unseen", (), "clip.gif", "cannot be rendered"),
+        ("Awaited", (), "clip.gif", "is awaitable"),
+        ("side_by_side", (VECTOR,), "clip.gif", "only single environments can be recorded"),
     ],
 )
-def test_a_clip_that_cannot_be_made_is_a_fault(tmp_path: Path, world: str, name: str, message: str) -> None:
-    folder = saved_run(tmp_path, f"task.environment.id=tests.test_evaluation:{world}")
+def test_a_clip_that_cannot_be_made_is_a_fault(
+    tmp_path: Path, world: str, overrides: tuple[str, ...], name: str, message: str
+) -> None:
+    folder = saved_run(tmp_path, f"task.environment.id=tests.test_evaluation:{world}", *overrides)
     with pytest.raises(ConfigError, match=message):
         evaluate(folder, episodes=1, video=tmp_path / name)
     assert not (tmp_path / name).exists()

@@ -86,3 +86,50 @@ def test_a_run_is_quiet_where_every_warning_is_an_error(tmp_path: Path) -> None:
             return
         slow += held_up
     pytest.fail("\n".join(slow))
+
+
+PONG = (
+    "trainer.max_samples=192",
+    "trainer.sampling.num_epoch_samples=96",
+    "task.minibatch_size=48",
+    "task.num_update_epochs=1",
+    "task.environment.kwargs.max_num_frames_per_episode=60",
+)
+"""Overrides that make a run of Pong short, and its episodes."""
+
+
+@pytest.mark.parametrize("num_env_workers", [0, 2])
+def test_pong_trains_and_is_played(tmp_path: Path, num_env_workers: int) -> None:
+    pytest.importorskip("ale_py", reason='ALE is installed by pip install "aiorl[atari]"')
+    sets = (*PONG, f"trainer.exp_dir={tmp_path}", f"task.environment.num_env_workers={num_env_workers}")
+    done = _aiorl("run", "configs/pong.toml", *(part for each in sets for part in ("--set", each)))
+    assert done.returncode == 0, done.stderr
+    told = summary(tmp_path)
+    assert told["num_samples"] >= 192
+    assert (
+        told["num_episodes"] >= 8
+    )  # of 15 steps, each of 4 frames, where 8 environments make 24 steps each, or 4 make 48
+    assert all(line["metrics"]["learner/loss"] is not None for line in metrics(tmp_path))
+    played = _aiorl("eval", str(tmp_path), "--episodes", "2", "--json")
+    assert played.returncode == 0, played.stderr
+    result = json.loads(played.stdout.splitlines()[-1])
+    assert result["episodes"] == 2
+    assert result["episode_length_mean"] == 15
+
+
+@pytest.mark.parametrize("vectorization_mode", ["vector_entry_point", "envpool"])
+def test_cartpole_is_learned_by_vector_environments(tmp_path: Path, vectorization_mode: str) -> None:
+    if vectorization_mode == "envpool":
+        pytest.importorskip("envpool", reason='EnvPool is installed by pip install "aiorl[envpool]"')
+    sets = (
+        "--set",
+        f"trainer.exp_dir={tmp_path}",
+        "--set",
+        f"task.environment.vectorization_mode={vectorization_mode}",
+    )
+    done = _aiorl("run", "configs/cartpole.toml", *sets, "--set", "trainer.max_samples=40_000")
+    assert done.returncode == 0, done.stderr
+    assert summary(tmp_path)["episode_return_mean"] > 100.0
+    played = _aiorl("eval", str(tmp_path), "--episodes", "20", "--json")
+    assert played.returncode == 0, played.stderr
+    assert json.loads(played.stdout.splitlines()[-1])["episode_return_mean"] > 150.0
