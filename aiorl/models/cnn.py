@@ -89,7 +89,7 @@ class CNN(Model):
         activate = ACTIVATIONS[self.activation]
         features = observations.to(self.policy_head.weight.dtype)
         if self._is_bytes:
-            features = features / 255.0
+            features.div_(255.0)  # in place: a second array of 1,024 images costs 4 times as much on a CPU
         for convolution in self.convolutions:
             features = activate(convolution(features))
         features = features.flatten(1)

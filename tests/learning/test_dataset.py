@@ -83,11 +83,27 @@ def test_values_are_those_of_a_walk_along_each_trajectory() -> None:
     assert batch.values.dtype == batch.next_values.dtype == np.float32
 
 
-def test_many_rows_are_valued_in_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+class Watched(Line):
+    """Notes how many rows it values at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def value(self, observations: Tensor) -> Tensor:
+        self.sizes.append(len(observations))
+        return super().value(observations)
+
+
+@pytest.mark.parametrize("bound", ["_CHUNK_ROWS", "_CHUNK_NUMBERS"])
+def test_many_rows_are_valued_in_several_calls(monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
     """Rows and bootstraps are valued together, so that a chunk may hold both."""
     whole, dataset = prepared(Plain(), lagging=True)
-    monkeypatch.setattr("aiorl.learning.dataset._CHUNK_ROWS", 4)
-    parts, again = prepared(Plain(), lagging=True)
+    monkeypatch.setattr(f"aiorl.learning.dataset.{bound}", 4)
+    model = Watched()
+    parts, again = prepared(Plain(), model, lagging=True)
+    assert sum(model.sizes) == len(whole) + len(whole.bootstrap_rows)
+    assert set(model.sizes[:-1]) == {4}
     assert parts.values == pytest.approx(whole.values)
     assert parts.next_values == pytest.approx(whole.next_values)
     assert again["start_log_probs"].tolist() == pytest.approx(dataset["start_log_probs"].tolist())
