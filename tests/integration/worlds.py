@@ -59,7 +59,7 @@ class Sticky(Chain):
 class Ticking(gymnasium.Env[np.ndarray[Any, Any], np.int64]):
     """An image whose every pixel is the count of what the environment has shown, modulo 251."""
 
-    observation_space = gymnasium.spaces.Box(0, 255, (48, 48, 3), np.uint8)
+    observation_space = gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)
     action_space = gymnasium.spaces.Discrete(2)
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Ticking(gymnasium.Env[np.ndarray[Any, Any], np.int64]):
 
     def _observe(self) -> np.ndarray[Any, Any]:
         self._count += 1
-        return np.full((48, 48, 3), self._count % 251, np.uint8)
+        return np.full((64, 64, 3), self._count % 251, np.uint8)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
