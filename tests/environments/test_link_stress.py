@@ -153,5 +153,6 @@ async def test_bursts_both_ways_lose_and_reorder_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 async def test_ten_million_messages_both_ways_lose_and_reorder_nothing() -> None:
     await exchange(10_000_000, timeout_s=3000)

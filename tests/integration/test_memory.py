@@ -52,6 +52,7 @@ def test_a_leak_of_a_kilobyte_a_tick_is_seen_as_quickly(tmp_path: Path, where: s
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_ten_minutes_show_no_growth(tmp_path: Path) -> None:
     courses = soak(tmp_path, warm_up_s=60, seconds=600)
     assert all(course.growth < 0.01 for course in courses), courses

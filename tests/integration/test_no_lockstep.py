@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import uvloop
 
-from benchmarks.no_lockstep import NUM_ENVS, NUM_WORKERS, losses_of, measure, sample, workers_of
+from benchmarks.no_lockstep import NUM_ENVS, NUM_WORKERS, STEP_S, loss_of, measure, sample, workers_of
 from benchmarks.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -55,11 +55,10 @@ def test_its_trajectories_arrive_whole_and_are_used(lag: int) -> None:
 def test_the_other_workers_lose_little() -> None:
     found = []
     for _ in range(ATTEMPTS):
-        pairs = run(measure(lag=0, num_pairs=3, seconds=0.5, step_s=0.002, num_epoch_samples=512))
-        losses, _ = losses_of(pairs)
-        found.append(losses)
+        pairs = run(measure(lag=0, num_pairs=3, seconds=0.5, step_s=0.002, num_epoch_samples=256))
+        found.append(loss_of(pairs).median)
         assert statistics.median(slow.last / even.last for even, slow in pairs) < 0.5  # it is slow indeed
-        if losses < 0.15:
+        if found[-1] < 0.15:
             return
     raise AssertionError(f"the other workers lost {found} of their throughput")
 
@@ -67,5 +66,5 @@ def test_the_other_workers_lose_little() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1])
 def test_the_other_workers_lose_less_than_a_twentieth(lag: int) -> None:
-    loss, half = losses_of(run(measure(lag=lag, num_pairs=20, seconds=2.0, step_s=0.002)))
-    assert loss + half < 0.05, f"{loss:.1%} lost, give or take {half:.1%}"
+    loss = loss_of(run(measure(lag=lag, num_pairs=20, seconds=2.0, step_s=STEP_S)))
+    assert loss.high < 0.05, loss
