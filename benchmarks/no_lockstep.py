@@ -1,6 +1,6 @@
 """What an environment that is 50 times slower than the rest costs the others: only its own worker waits for it.
 
-    python benchmarks/no_lockstep.py [--lag 0] [--pairs 20] [--seconds 2] [--step-s 0.005]
+    python benchmarks/no_lockstep.py [--lag 0] [--pairs 20] [--seconds 3] [--step-s 0.005]
 
 Environments wait instead of computing, so that two cores serve every worker. Two sets of workers, of which one has the slow
 environment in its last worker, are sampled in turn, pair after pair, in changing order. Compared is the throughput of all workers but
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lag", type=int, default=0)
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--step-s", type=float, default=STEP_S)
     args = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
