@@ -2,19 +2,23 @@
 
     python benchmarks/ppo.py configs/w2.toml trainer.seed=3 trainer.sampling.max_policy_lag=1
 
-Prints one line of JSON: transitions, seconds, transitions per second, the mean return of the last 100 episodes.
+Prints one line of JSON: transitions, seconds, transitions per second, the mean return of the last 100 episodes, and
+the median seconds of an epoch and its parts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import statistics
 import sys
 import tempfile
 import time
 
 import aiorl
 from aiorl.tasks.hooks import Callback, State
+
+PARTS = ("epoch_s", "sample_s", "prepare_s", "learn_s")
 
 
 class Clock(Callback):
@@ -38,20 +42,17 @@ async def main() -> None:
         config = aiorl.load_config(
             path, overrides=[f'trainer.exp_dir="{folder}/run"', "logger.terminal=false", *overrides]
         )
-        clock, last = Clock(), None
+        clock = Clock()
         async with aiorl.open_run(config, callbacks=[clock]) as run:
-            async for epoch in run:
-                last = epoch
-    assert last is not None
+            epochs = [epoch async for epoch in run]
     seconds = clock.ended - clock.started
+    last = epochs[-1]
     figures = {
         "num_samples": last.num_samples,
         "seconds": round(seconds, 3),
         "samples_per_s": round(last.num_samples / seconds),
         "return_mean": round(last.episode_return_mean, 1),
-        "sample_s": last.metrics["time/sample_s"],
-        "learn_s": last.metrics["time/learn_s"],
-    }
+    } | {name: round(statistics.median(e.metrics[f"time/{name}"] or 0.0 for e in epochs), 4) for name in PARTS}
     print(json.dumps(figures))
 
 

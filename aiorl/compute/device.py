@@ -76,8 +76,10 @@ class TorchSettings:
 class Placement:
     """Runs each kind of computation on the loop while it is short, and on one thread of its own while it is long.
 
-    A kind is a function. Its first calls run on the thread, where they cannot hold the loop up; then its place is fixed by the
-    shortest of them, since a busy machine lengthens any of them but shortens none, and logged.
+    A kind is a function. Its first calls run on the thread, where they cannot hold the loop up, and their processor time says which
+    place it gets: by the clock they would seem long wherever the loop works meanwhile, for which the thread waits up to the
+    interpreter's switch interval of 5 ms. On the loop the next calls are timed by the clock, and if even the shortest of them held it
+    up, by waiting for something, the kind goes back to the thread for good. Each decision is logged.
 
     Args:
         name: What it computes, for the log and the thread's name.
@@ -109,26 +111,33 @@ class Placement:
         """
         kind = getattr(function, "__func__", function)
         if self._inline.get(kind):
-            with self._settings.applied():
-                return function(*args, **kwargs)
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"aiorl-{self.name}")
-        result, duration_s = await joined(self._executor.submit(partial(self._timed, function, *args, **kwargs)))
-        if kind not in self._inline:
-            durations = self._durations.setdefault(kind, [])
+            result, duration_s = self._timed(time.perf_counter, function, *args, **kwargs)
+        else:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"aiorl-{self.name}")
+            timed = partial(self._timed, time.thread_time, function, *args, **kwargs)
+            result, duration_s = await joined(self._executor.submit(timed))
+        durations = self._durations.setdefault(kind, [])
+        if len(durations) < 2 * _WARM_UP_CALLS:
             durations.append(duration_s)
             if len(durations) == _WARM_UP_CALLS:
-                self._place(kind, min(durations))
+                self._place(kind, median(durations[1:]))
+            elif len(durations) == 2 * _WARM_UP_CALLS and self._inline[kind]:
+                shortest_s = min(durations[_WARM_UP_CALLS:])
+                if shortest_s > LOOP_BUDGET_S:
+                    self._place(kind, shortest_s)
         return result
 
-    def _place(self, kind: object, shortest_s: float) -> None:
-        self._inline[kind] = shortest_s <= LOOP_BUDGET_S
+    def _place(self, kind: object, typical_s: float) -> None:
+        self._inline[kind] = typical_s <= LOOP_BUDGET_S
         what = getattr(kind, "__name__", str(kind)).strip("_")
         where = "on the event loop" if self._inline[kind] else "on a thread of its own"
-        logger.debug("%s: %s takes %.1f ms, and runs %s", self.name, what, 1000 * shortest_s, where)
+        logger.debug("%s: %s takes %.1f ms, and runs %s", self.name, what, 1000 * typical_s, where)
 
-    def _timed(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
-        started = time.perf_counter()
+    def _timed(
+        self, clock: Callable[[], float], function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[T, float]:
+        started = clock()
         with self._settings.applied():
             result = function(*args, **kwargs)
-        return result, time.perf_counter() - started
+        return result, clock() - started

@@ -30,8 +30,14 @@ def where_else() -> int:
 
 def slowly() -> int:
     """The thread that runs it; takes longer than the loop may be held up for."""
-    time.sleep(2 * LOOP_BUDGET_S)  # the length of the computation is what is tested
+    compute(2 * LOOP_BUDGET_S)
     return threading.get_ident()
+
+
+def compute(seconds: float) -> None:
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
 
 
 def threads_of_torch() -> tuple[int, int]:
@@ -63,6 +69,38 @@ async def test_what_is_long_stays_on_the_thread(caplog: pytest.LogCaptureFixture
     assert "on a thread of its own" in caplog.text
 
 
+async def test_what_waits_goes_back_to_the_thread() -> None:
+    def waiting() -> int:
+        time.sleep(2 * LOOP_BUDGET_S)  # the length of the wait is what is tested
+        return threading.get_ident()
+
+    here = threading.get_ident()
+    async with Placement("waiting", TorchSettings(num_threads=1)) as place:
+        idents = [await place.call(waiting) for _ in range(3 * WARM_UP_CALLS)]
+    assert [ident == here for ident in idents] == [False] * WARM_UP_CALLS + [True] * WARM_UP_CALLS + [
+        False
+    ] * WARM_UP_CALLS
+
+
+async def test_a_busy_loop_does_not_make_a_computation_seem_long() -> None:
+    """The thread waits for the interpreter while the loop works."""
+
+    def in_pieces() -> int:
+        for _ in range(4):
+            compute(0.0002)
+            time.sleep(0)  # gives the interpreter away, as torch's kernels do
+        return threading.get_ident()
+
+    async with Placement("busy", TorchSettings(num_threads=1)) as place:
+        for _ in range(WARM_UP_CALLS):
+            async with asyncio.TaskGroup() as tasks:
+                call = tasks.create_task(place.call(in_pieces))
+                while not call.done():
+                    await asyncio.sleep(0)
+                    compute(0.001)
+        assert await place.call(in_pieces) == threading.get_ident()
+
+
 async def test_the_first_call_does_not_count() -> None:
     """It is the one that imports, compiles and allocates."""
     first = threading.Event()
@@ -70,7 +108,7 @@ async def test_the_first_call_does_not_count() -> None:
     def late_starter() -> int:
         if not first.is_set():
             first.set()
-            time.sleep(10 * LOOP_BUDGET_S)  # the length of the computation is what is tested
+            compute(10 * LOOP_BUDGET_S)
         return threading.get_ident()
 
     async with Placement("late", TorchSettings(num_threads=1)) as place:
