@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import shlex
 import signal
 import sys
 import threading
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal, NoReturn
 
@@ -33,6 +32,7 @@ from cyclopts.validators import Number
 
 import aiorl
 from aiorl.errors import AiorlError, CheckpointMissing, ConfigError, Fault, RunFolderError, UnsupportedSpace
+from aiorl.streams import Loudness, open_standard_streams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,27 +61,6 @@ app = App(
 )
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, slots=True)
-class Loudness:
-    """How much goes to standard error."""
-
-    verbose: Annotated[bool, Parameter(alias="-v")] = False
-    """Log debug messages too."""
-    quiet: Annotated[bool, Parameter(alias="-q")] = False
-    """Log warnings and errors only, and show no progress."""
-
-    def apply(self) -> None:
-        """Sends what the logger ``aiorl`` gets to standard error."""
-        level = logging.DEBUG if self.verbose else logging.WARNING if self.quiet else logging.INFO
-        handler = logging.StreamHandler()
-        handler.setLevel(level)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-        logger = logging.getLogger("aiorl")
-        logger.setLevel(min(level, logging.INFO))
-        logger.addHandler(handler)
-
-
 _NORMAL = Loudness()
 
 Overrides = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=False)]
@@ -108,9 +87,7 @@ def run(
         loudness: How much goes to standard error.
     """
     loudness.apply()
-    if config is None and not set_:
-        raise ConfigError([Fault("CONFIG", "is missing", remedy="name a TOML file, or write at least one --set")])
-    return _train(_load(config, set_), config, set_, resume, with_console=repl, quiet=loudness.quiet)
+    return _train(_load_named(config, set_), config, set_, resume, with_console=repl, quiet=loudness.quiet)
 
 
 @app.command(name="repl", sort_key=4, usage="Usage: aiorl repl [OPTIONS] [CONFIG]")
@@ -188,9 +165,42 @@ def eval_(
     return FINISHED
 
 
+@app.command(sort_key=5, usage="Usage: aiorl bench [OPTIONS] CONFIG")
+def bench(
+    config: Path | None = None,
+    /,
+    *,
+    set_: Overrides = (),
+    seconds: Annotated[float, Parameter(validator=Number(gt=0), show_default=True)] = 15.0,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
+    loudness: Loudness = _NORMAL,
+) -> int:
+    """Measure what this machine could do with a configuration, part by part, and what holds it back.
+
+    Args:
+        config: A TOML file; left out, the defaults and what --set says.
+        set_: Override a setting, as in --set optimizer.lr=1e-3. May be repeated.
+        seconds: Of measuring; opening and closing what is measured takes some more.
+        json_: Print one JSON object as the last line.
+        loudness: How much goes to standard error.
+    """
+    loudness.apply()
+    resolved = _load_named(config, set_)
+    from aiorl.bench.command import run_bench
+    from aiorl.bench.report import as_json, as_text
+
+    found = run_bench(resolved, seconds=seconds)
+    if isinstance(found, signal.Signals):
+        return 128 + found
+    print(as_text(found))
+    if json_:
+        print(as_json(found))
+    return FINISHED
+
+
 def main() -> NoReturn:
     """Runs the verb that the command line names, and exits."""
-    _open_standard_streams()
+    open_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that lines come when they are written, in a pipe too
     status = _status(sys.argv[1:])
@@ -201,19 +211,6 @@ def main() -> NoReturn:
         if held_up():
             leave(status)
     sys.exit(status)
-
-
-def _open_standard_streams() -> None:
-    """Opens what the shell closed (``>&-``), before a socket or a file of ours gets its number and is written to or closed."""
-    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free, which is this one
-        if getattr(sys, name) is None:
-            stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - it lives as long as the process
-            setattr(sys, name, stream)
-            setattr(sys, f"__{name}__", stream)
 
 
 def _status(arguments: Sequence[str]) -> int:
@@ -245,6 +242,13 @@ def _load(path: Path | None, overrides: Sequence[str]) -> Config:
     from aiorl.config import load_config
 
     return load_config(path, overrides)
+
+
+def _load_named(path: Path | None, overrides: Sequence[str]) -> Config:
+    """The same, where neither a file nor an override is a slip of the hand rather than a wish for the defaults."""
+    if path is None and not overrides:
+        raise ConfigError([Fault("CONFIG", "is missing", remedy="name a TOML file, or write at least one --set")])
+    return _load(path, overrides)
 
 
 def _import_from(folder: Path) -> None:

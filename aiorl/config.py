@@ -53,11 +53,19 @@ class Config(Section):
         default_factory=ConsoleConfig, description="The console of a live run."
     )
 
-    @rule("trainer.sampling.min_batch_size", "task.environment.num_env_workers", "task.environment.envs_per_worker")
+    @rule(
+        "trainer.sampling.min_batch_size",
+        "trainer.sampling.num_epoch_samples",
+        "task.environment.num_env_workers",
+        "task.environment.envs_per_worker",
+    )
     def _a_batch_can_fill(self) -> Breach | None:
-        num_envs = self.task.environment.num_envs
-        if self.trainer.sampling.min_batch_size <= num_envs:
+        sampling, num_envs = self.trainer.sampling, self.task.environment.num_envs
+        if sampling.min_batch_size <= (num_envs or sampling.most_envs):
             return None
+        if num_envs is None:
+            remedy = "lower it, raise num_epoch_samples, or set both numbers of task.environment"
+            return f'is above the number of environments that "auto" chooses at most, {sampling.most_envs}', remedy
         return f"is above the number of environments, {num_envs}", "lower it, or raise task.environment.envs_per_worker"
 
     @rule("lr_scheduler.name", "trainer.max_samples", "trainer.max_epochs", "trainer.sampling.num_epoch_samples")

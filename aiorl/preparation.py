@@ -23,6 +23,7 @@ from aiorl.section import suggestion
 from aiorl.tasks.base import build_task
 
 if TYPE_CHECKING:
+    from aiorl.environments.config import EnvironmentConfig
     from aiorl.learning.optim import LRSchedulerFactory, OptimizerFactory
     from aiorl.learning.snapshot import Contents
     from aiorl.models.base import Model
@@ -67,7 +68,9 @@ def _built(
     try:
         task = task or build_task(config.task)
         environment = config.task.environment
-        num_env_workers = 0 if trainer.sampling.force_sync else environment.num_env_workers
+        num_env_workers = environment.num_env_workers
+        if trainer.sampling.force_sync or num_env_workers == "auto":
+            num_env_workers = 0
         info = preflight(
             task.get_environment(), num_env_workers=num_env_workers, env_cleanup_time=environment.env_cleanup_time
         )
@@ -138,6 +141,13 @@ def prepare(
         lr_scheduler or build_lr_scheduler(config.lr_scheduler, trainer.total_samples),
         RunFolder.create(trainer.exp_dir, trainer.exp_name, log_dir_name=trainer.log_dir_name),
     )
+
+
+def made_with(folder: RunFolder) -> EnvironmentConfig | None:
+    """The environments of the run that is gone on from; None where there is no such run. Blocks."""
+    if not (folder.holds_checkpoint and folder.config_file.exists()):
+        return None
+    return load_config(folder.config_file).task.environment
 
 
 def restore(config: Config, folder: RunFolder, resume: Resume) -> Contents | None:

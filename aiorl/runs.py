@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from aiorl.learning.snapshot import Contents
     from aiorl.learning.training import Training
     from aiorl.models.base import Model
+    from aiorl.monitoring.folder import RunFolder
     from aiorl.monitoring.metrics import EpochRecord
     from aiorl.preparation import Resume
     from aiorl.session import Outcome
@@ -288,10 +289,27 @@ class Run:
         return value
 
 
-def import_torch() -> tuple[Any, Any]:
-    """Imports what imports torch: a second or more, and not on the loop."""
+def import_torch() -> tuple[Any, Any, Any]:
+    """Imports what imports torch, the modules of preparation, calibration and trainer: a second or more, and not on the loop."""
     importlib.import_module("torch._dynamo")  # the first optimizer needs it
-    return importlib.import_module("aiorl.preparation"), importlib.import_module("aiorl.trainer")
+    preparation, calibration, trainer = (
+        importlib.import_module(f"aiorl.{name}") for name in ("preparation", "calibration", "trainer")
+    )
+    return preparation, calibration, trainer
+
+
+async def settled(config: Config, task: ReinforcementLearningTask, model: Model, folder: RunFolder) -> Config:
+    """The configuration with numbers in the place of "auto" in ``[task.environment]``; see `aiorl.calibration`."""
+    asked = task.environment
+    if not asked.is_auto:
+        return config
+    preparation, calibration, _ = await in_thread(import_torch)
+    found = await calibration.settle_environments(
+        config.trainer, task, model, config.link, folder, made_with=await in_thread(preparation.made_with, folder)
+    )
+    if config.task.environment != asked:  # the task was passed as an object, with environments of its own
+        return config
+    return with_values(config, {f"task.environment.{name}": getattr(found, name) for name in calibration.NUMBERS})
 
 
 @contextlib.asynccontextmanager
@@ -327,10 +345,11 @@ async def open_run(
         AiorlError: Why the run failed; see `aiorl.errors`.
     """
     started_at = time.perf_counter()
-    preparation, trainers = await in_thread(import_torch)
+    preparation, _, trainers = await in_thread(import_torch)
     prepared = await in_thread(preparation.prepare, config, task, model, optimizer, lr_scheduler, resume)
     folder = prepared.folder
     with folder.lock():
+        config = await settled(config, prepared.task, prepared.model, folder)
         restored: Contents | None = await in_thread(preparation.restore, config, folder, resume)
         ready: asyncio.Future[Run] = asyncio.get_running_loop().create_future()
 

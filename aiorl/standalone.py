@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE_S = 1.0  # for what was told to end at once
+PATIENCE_S = 1.0  # for what was told to end at once
 _PATIENCE_WITH_RUN_S = 5.0  # the same, for a run that has a folder to leave in order
-_ONE_INTERRUPT_S = 0.05  # `timeout -s INT` and the like signal a process and then its group: that is one interrupt
+ONE_INTERRUPT_S = 0.05  # `timeout -s INT` and the like signal a process and then its group: that is one interrupt
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +92,16 @@ def run(
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is a run to checkpoint
     import_torch()  # before the loop starts: it would stall it
-    with asyncio.Runner(loop_factory=_loop_factory(config.trainer.loop)) as runner:
+    with asyncio.Runner(loop_factory=loop_factory(config.trainer.loop)) as runner:
         return runner.run(_run(config, resume, tuple(callbacks), opened, beside, leaving))
 
 
-def _loop_factory(name: Literal["auto", "asyncio", "uvloop"]) -> Callable[[], asyncio.AbstractEventLoop]:
+def loop_factory(name: Literal["auto", "asyncio", "uvloop"]) -> Callable[[], asyncio.AbstractEventLoop]:
+    """What makes the loop that ``trainer.loop`` names.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
     if name != "asyncio":
         try:
             import uvloop
@@ -137,7 +142,7 @@ async def _run(
 
     def on_signal(number: signal.Signals) -> None:
         first = not received
-        if not first and loop.time() - received_at[0] < _ONE_INTERRUPT_S:
+        if not first and loop.time() - received_at[0] < ONE_INTERRUPT_S:
             return
         received.append(number)
         received_at[:] = [loop.time()]
@@ -152,10 +157,10 @@ async def _run(
             if main.cancelling():
                 if held_up():
                     leave_now(patient=False)
-                loop.call_later(_PATIENCE_S, partial(leave_now, patient=False))
+                loop.call_later(PATIENCE_S, partial(leave_now, patient=False))
             else:
                 main.cancel()
-                loop.call_later(_PATIENCE_WITH_RUN_S if runs else _PATIENCE_S, partial(leave_now, patient=True))
+                loop.call_later(_PATIENCE_WITH_RUN_S if runs else PATIENCE_S, partial(leave_now, patient=True))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)

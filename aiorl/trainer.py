@@ -12,16 +12,17 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from aiorl.assembly import open_sampling
+from aiorl.calibration import settle_environments
 from aiorl.compute.device import Placement, TorchSettings, faster_threads
 from aiorl.compute.threads import in_thread
 from aiorl.environments.config import LinkConfig
 from aiorl.environments.supervisor import open_workers
 from aiorl.errors import first_cause
-from aiorl.learning.acting import Compilation, build_acting, in_its_place
 from aiorl.learning.checkpoint import CheckpointStore, load_weights
 from aiorl.learning.learner import Learner
 from aiorl.learning.parallel import visible_devices
@@ -33,10 +34,6 @@ from aiorl.monitoring.folder import RunFolder
 from aiorl.monitoring.metrics import EpisodeWindow
 from aiorl.monitoring.sinks import Recorder
 from aiorl.monitoring.system import SystemStatistics
-from aiorl.sampling.batcher import MicroBatcher
-from aiorl.sampling.channel import Channel
-from aiorl.sampling.policy import NumpyActing, Policy
-from aiorl.sampling.rollout import Rollout
 from aiorl.session import Outcome, Session, summary_of
 from aiorl.tasks.base import Hooks, ReinforcementLearningTask, State
 
@@ -51,8 +48,6 @@ if TYPE_CHECKING:
     from aiorl.learning.optim import LRSchedulerFactory, OptimizerFactory
     from aiorl.learning.snapshot import Contents
     from aiorl.models.base import Model
-    from aiorl.sampling.policy import Acting
-    from aiorl.sampling.trajectory import SealedEpoch
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +114,7 @@ class ReinforcementLearningTrainer:
             if folder.holds_checkpoint:
                 store = CheckpointStore(folder.checkpoints, only_most_recent=True)
                 restored = (await in_thread(store.load)).contents
+            await settle_environments(config, task, model, self._link, folder)
             session = Session(folder, restored=restored, started_at=started_at)
             outcome = await self.run_session(session, model, task, optimizer, lr_scheduler)
         return outcome.state
@@ -213,39 +209,21 @@ class ReinforcementLearningTrainer:
                 await hooks.call("on_after_load_checkpoint", state)
             settings = TorchSettings(num_threads=await in_thread(self._num_threads, model, task, workers, device))
             place = await stack.enter_async_context(Placement("learning", settings))
-            group_rows = [group.num_envs for group in workers.groups]
-            per_worker = max(1, len(group_rows) // max(1, workers.num_workers))
-            max_rows = sampling.max_batch_size or max(sampling.min_batch_size, sum(group_rows[::per_worker]))
-            compilation = (
-                Compilation(config.compiler, workers.info.observation, max_rows, sampling.optimal)
-                if config.compiler.model
-                else None
-            )
-            policy, infer = await self._acting(
-                stack, model, task, device, settings, compilation, version=state.policy_version
-            )
-            batcher = await stack.enter_async_context(
-                MicroBatcher(
-                    infer,
-                    max_batch_size=max_rows,
-                    min_batch_size=sampling.min_batch_size,
-                    max_wait_time=None if sampling.force_sync else sampling.max_wait_time,
-                    name="acting",
+            sampled = await stack.enter_async_context(
+                open_sampling(
+                    workers,
+                    model,
+                    task,
+                    config,
+                    device=device,
+                    settings=settings,
+                    version=state.policy_version,
+                    num_epochs=state.num_epochs,
+                    noise_counts=restored.extra["noise_counts"].numpy() if restored is not None else None,
+                    epoch_is_over=_asks(task, state),
                 )
             )
-            channel: Channel[SealedEpoch] = Channel(sampling.max_policy_lag + 1)
-            rollout = Rollout(
-                workers.groups,
-                info=workers.info,
-                config=sampling,
-                batcher=batcher,
-                policy=policy,
-                channel=channel,
-                seed=seed,
-                num_epochs=state.num_epochs,
-                noise_counts=restored.extra["noise_counts"].numpy() if restored is not None else None,
-                epoch_is_over=_asks(task, state),
-            )
+            batcher, rollout = sampled.batcher, sampled.rollout
             learner = Learner(
                 model=model,
                 task=task,
@@ -256,7 +234,7 @@ class ReinforcementLearningTrainer:
                 hooks=hooks,
                 placement=place,
                 device=device,
-                max_overshoot=max(group_rows) * sampling.min_trajectory_length - 1,
+                max_overshoot=max(group.num_envs for group in workers.groups) * sampling.min_trajectory_length - 1,
                 quiet=lambda: batcher.idle and workers.link_idle(),
             )
             recorder = await stack.enter_async_context(
@@ -279,10 +257,10 @@ class ReinforcementLearningTrainer:
                     window=window,
                     learner=learner,
                     placement=place,
-                    policy=policy,
+                    policy=sampled.policy,
                     batcher=batcher,
                     rollout=rollout,
-                    channel=channel,
+                    channel=sampled.channel,
                     recorder=recorder,
                     store=CheckpointStore(
                         session.folder.checkpoints, only_most_recent=config.checkpoint.only_save_most_recent
@@ -353,30 +331,6 @@ class ReinforcementLearningTrainer:
             model.zero_grad()
 
         return faster_threads(step)
-
-    async def _acting(
-        self,
-        stack: contextlib.AsyncExitStack,
-        model: Model,
-        task: ReinforcementLearningTask,
-        device: torch.device,
-        settings: TorchSettings,
-        compilation: Compilation | None,
-        *,
-        version: int,
-    ) -> tuple[Policy, Callable[[Any], Any]]:
-        """The policy that acts, and the batcher's inference: NumPy on the loop for the built-in MLP, else torch in its place."""
-
-        def build() -> Acting:
-            with settings.applied():
-                return build_acting(model, task, device, compilation)
-
-        acting = await in_thread(build)
-        policy = Policy(acting, optimal=self.config.sampling.optimal, version=version)
-        if isinstance(acting, NumpyActing):
-            return policy, policy.act
-        place = await stack.enter_async_context(Placement("acting", settings))
-        return policy, in_its_place(policy, place)
 
 
 def _asks(task: ReinforcementLearningTask, state: State) -> Callable[[int], bool] | None:

@@ -184,7 +184,6 @@ NOT_YET = [
     "trainer.profiler.with_stack=true", "trainer.profiler.with_flops=true", "trainer.profiler.with_modules=true",
     "trainer.profiler.wait_steps=1", "trainer.profiler.warmup_steps=1", "trainer.profiler.active_steps=1",
     "trainer.profiler.repeat_steps=2", "trainer.profiler.skip_first_steps=1", "trainer.profiler.table_size=1",
-    "task.environment.num_env_workers=auto", "task.environment.envs_per_worker=auto",
     "task.environment.reset_timeout=1",
     "task.environment.step_timeout=1", "task.environment.on_worker_failure=replace", "task.environment.launcher=ray",
     "task.environment.max_worker_rss_bytes=1", "link.key_dir=keys", "console.enabled=true",
@@ -375,6 +374,32 @@ def test_environments_are_as_many_in_process_as_with_one_worker() -> None:
     for workers, per_worker, total in ((0, 3, 3), (1, 3, 3), (4, 3, 12)):
         overrides = [f"task.environment.num_env_workers={workers}", f"task.environment.envs_per_worker={per_worker}"]
         assert load_config(None, overrides).task.environment.num_envs == total
+
+
+def test_how_many_environments_there_are_is_open_until_it_was_measured() -> None:
+    for field in ("num_env_workers", "envs_per_worker"):
+        environment = load_config(None, [f"task.environment.{field}=auto"]).task.environment
+        assert environment.is_auto
+        assert environment.num_envs is None
+        with pytest.raises(ValueError, match="have to be numbers by now"):
+            environment.numbers()
+    given = load_config(None, []).task.environment
+    assert not given.is_auto
+    assert given.numbers() == (1, 16)
+
+
+def test_a_batch_that_no_measured_number_of_environments_can_fill_is_a_fault() -> None:
+    auto = ["trainer.sampling.num_epoch_samples=2048", "task.environment.envs_per_worker=auto"]
+    assert load_config(None, [*auto, "trainer.sampling.min_batch_size=128"]).trainer.sampling.most_envs == 128
+    (fault,) = faults_of(None, *auto, "trainer.sampling.min_batch_size=129")
+    assert fault.path == "trainer.sampling.min_batch_size"
+    assert fault.message == 'is above the number of environments that "auto" chooses at most, 128'
+
+
+def test_neither_a_negative_number_nor_another_word_stands_for_workers() -> None:
+    for value in ("-1", "many"):
+        (fault,) = faults_of(None, f"task.environment.num_env_workers={value}")
+        assert fault.path == "task.environment.num_env_workers"
 
 
 def test_the_end_of_a_schedule_is_the_first_bound_on_samples() -> None:

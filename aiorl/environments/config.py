@@ -37,16 +37,19 @@ with warnings.catch_warnings():
         register: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")], ...] = Field(
             (), description="Modules to import before the environment is made, for example `ale_py`."
         )
-        num_env_workers: Annotated[int, not_yet("calibration", "auto")] = Field(
-            1, ge=0, description="Worker processes (or threads) that host environments; 0 = in the trainer's process."
+        num_env_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+            1,
+            description="Worker processes (or threads) that host environments; 0 = in the trainer's process; "
+            '"auto" = measured at the start.',
         )
-        envs_per_worker: Annotated[int, not_yet("calibration", "auto")] = Field(
-            16, ge=1, description="Environments that each worker hosts."
+        envs_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+            16, description='Environments that each worker hosts; "auto" = measured at the start.'
         )
         groups_per_worker: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], MAY_DIFFER] = Field(
             "auto",
             description="Groups into which a worker's environments are divided: one steps while another waits for its "
-            'actions; "auto" = 2 for a worker of at least 2 environments, 1 in process.',
+            'actions; "auto" = 2 for a worker of at least 2 environments, 1 in process; measured where the numbers of '
+            "workers and environments both are.",
         )
         vectorization_mode: Literal["sync", "vector_entry_point", "envpool"] = Field(
             "sync",
@@ -92,14 +95,33 @@ with warnings.catch_warnings():
 
         @rule("groups_per_worker", "envs_per_worker")
         def _every_group_has_an_environment(self) -> Breach | None:
-            if self.groups_per_worker == "auto" or self.groups_per_worker <= self.envs_per_worker:
+            if "auto" in (self.groups_per_worker, self.envs_per_worker):
+                return None
+            if self.groups_per_worker <= self.envs_per_worker:  # type: ignore[operator] # neither is "auto"
                 return None
             return f"is above envs_per_worker = {self.envs_per_worker}", 'lower it, or write "auto"'
 
         @property
-        def num_envs(self) -> int:
-            """Environments of all workers together; as many when they step in the trainer's process."""
+        def is_auto(self) -> bool:
+            """Whether the number of workers or of environments is to be measured at the start."""
+            return "auto" in (self.num_env_workers, self.envs_per_worker)
+
+        @property
+        def num_envs(self) -> int | None:
+            """Environments of all workers together, and as many in the trainer's process; None where that is not known yet."""
+            if self.num_env_workers == "auto" or self.envs_per_worker == "auto":
+                return None
             return max(1, self.num_env_workers) * self.envs_per_worker
+
+        def numbers(self) -> tuple[int, int]:
+            """``num_env_workers`` and ``envs_per_worker``.
+
+            Raises:
+                ValueError: One of them is "auto": it is measured before environments are started.
+            """
+            if self.num_env_workers == "auto" or self.envs_per_worker == "auto":
+                raise ValueError('num_env_workers and envs_per_worker have to be numbers by now, not "auto"')
+            return self.num_env_workers, self.envs_per_worker
 
 
 class LinkConfig(Section):

@@ -64,7 +64,7 @@ def _is_its_own(error: BaseException) -> bool:
 
 
 @contextmanager
-def _reported(worker: int, where: str) -> Iterator[None]:
+def reported(worker: int, where: str) -> Iterator[None]:
     """Turns whatever an environment raises into ``EnvironmentRaised``; what is done to its caller passes."""
     try:
         yield
@@ -96,13 +96,13 @@ class LocalGroup:
         self.name = f"local worker {worker}"
         self._worker = worker
         self._seeds: list[int] | None = [seed_of(env_seed, first_env + row, incarnation) for row in range(num_envs)]
-        with _reported(worker, "constructor"):
+        with reported(worker, "constructor"):
             self._group = EnvironmentGroup(spec, num_envs, first_env)
         self.info = self._group.info
 
     async def reset(self) -> NDArray[Any]:
         """Starts an episode in every environment."""
-        with _reported(self._worker, "reset"):
+        with reported(self._worker, "reset"):
             observations = self._group.reset(self._seeds)
         self._seeds = None
         return observations
@@ -111,8 +111,8 @@ class LocalGroup:
         """Steps every environment once."""
         try:
             return self._group.step(actions)
-        except BaseException:  # SystemExit and KeyboardInterrupt are the environment's here; `_reported` sorts them
-            with _reported(self._worker, "step"):
+        except BaseException:  # SystemExit and KeyboardInterrupt are the environment's here; `reported` sorts them
+            with reported(self._worker, "step"):
                 raise
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class AwaitableGroup:
         self.first_env = first_env
         self.name = f"local environment {first_env}"
         self.environment = environment
-        with _reported(worker, "constructor"):
+        with reported(worker, "constructor"):
             self.info = describe(environment)
         self._worker = worker
         self._seed: int | None = seed_of(env_seed, first_env, incarnation)
@@ -146,7 +146,7 @@ class AwaitableGroup:
     async def reset(self) -> NDArray[Any]:
         """Starts an episode."""
         self._has_row = False
-        with _reported(self._worker, "reset"):
+        with reported(self._worker, "reset"):
             observation, _ = await self.environment.reset(seed=self._seed)
             rows = self._row(observation)
         self._seed = None
@@ -158,7 +158,7 @@ class AwaitableGroup:
         if not self._has_row:
             raise RuntimeError(f"{self.name} has no observation to act on: reset it first")
         self._has_row = False
-        with _reported(self._worker, "step"):
+        with reported(self._worker, "step"):
             action = int(actions[0]) + self._first_action
             observation, reward, terminated, truncated, _ = await self.environment.step(action)
             rows = self._row(observation)
@@ -275,7 +275,7 @@ async def open_local(
                     is_awaitable = _is_awaitable(spec, worker, env_cleanup_time)
                 for num_envs in [1] * sum(group_sizes) if is_awaitable else group_sizes:
                     if is_awaitable:
-                        with _reported(worker, "constructor"):
+                        with reported(worker, "constructor"):
                             environment = make_environment(spec, resolve(spec))
                         groups.append(AwaitableGroup(environment, first_env, env_seed, incarnation, worker))
                     else:
@@ -286,7 +286,7 @@ async def open_local(
             raise
         return groups
 
-    groups = await _in_thread(build, _close_in_thread, env_cleanup_time)
+    groups = await in_daemon_thread(build, _close_in_thread, env_cleanup_time)
     return LocalWorkers(groups, len(sizes), env_cleanup_time)
 
 
@@ -294,7 +294,7 @@ def _is_awaitable(spec: EnvironmentSpec, worker: int, env_cleanup_time: float) -
     """Whether a specification's environments are awaitable, which only one of them can tell."""
     if spec.is_vector:
         return False
-    with _reported(worker, "constructor"):
+    with reported(worker, "constructor"):
         return look_at_one(
             lambda: make_environment(spec, resolve(spec)),
             lambda environment: inspect.iscoroutinefunction(environment.step),
@@ -309,7 +309,7 @@ def _close_in_thread(groups: Sequence[LocalGroup | AwaitableGroup]) -> None:
         close_anyhow(close, group.name)
 
 
-async def _in_thread(function: Callable[[], T], undo: Callable[[T], None], patience_s: float) -> T:
+async def in_daemon_thread(function: Callable[[], T], undo: Callable[[T], None], patience_s: float) -> T:
     """Runs a function in a thread of its own.
 
     A cancelled call waits ``patience_s`` for the thread to end, and whatever the function returns is undone.

@@ -114,7 +114,7 @@ class WorkerProcess:
                 stdout=output,
                 stderr=output,
                 pass_fds=(lifeline,) if slab < 0 else (lifeline, slab),
-                env=_environment(),
+                env=child_environment(),
             )
         except BaseException:  # no descriptor is left open, whatever happened; raised again
             os.close(self._lifeline)
@@ -311,7 +311,7 @@ def _command(endpoint: str, worker: int, incarnation: int, lifeline: int, slab: 
     return [sys.executable, *flags, "-P", "-m", "aiorl.environments.worker", *options]
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """This process's environment, the import path by which the worker finds aiorl itself, and one thread of BLAS."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(_import_path()), **dict.fromkeys(_ONE_THREAD, "1")}
 

@@ -126,11 +126,9 @@ async def open_workers(
         ConfigError: The endpoint is in use, or the environment's keyword arguments cannot be sent to a worker.
         WorkerDied, EnvironmentRaised, LinkError: A worker failed before all were ready.
     """
-    is_local = force_sync or config.num_env_workers == 0
-    num_groups = config.groups_per_worker
-    if num_groups == "auto":
-        num_groups = 1 if is_local else 2
-    sizes = [_split(config.envs_per_worker, num_groups)] * max(1, config.num_env_workers)
+    num_env_workers, envs_per_worker = config.numbers()
+    is_local = force_sync or num_env_workers == 0
+    sizes = [group_sizes(config, force_sync=force_sync)] * max(1, num_env_workers)
     if is_local:
         local = await open_local(
             spec, sizes, env_seed=env_seed, incarnation=incarnation, env_cleanup_time=config.env_cleanup_time
@@ -141,10 +139,10 @@ async def open_workers(
             await local.aclose()
         return
     setups = []
-    for number, group_sizes in enumerate(sizes):
-        envs = range(number * config.envs_per_worker, (number + 1) * config.envs_per_worker)
+    for number, of_worker in enumerate(sizes):
+        envs = range(number * envs_per_worker, (number + 1) * envs_per_worker)
         seeds = tuple(seed_of(env_seed, env, incarnation) for env in envs)
-        setups.append(Setup(incarnation, spec, group_sizes, seeds, envs.start))
+        setups.append(Setup(incarnation, spec, of_worker, seeds, envs.start))
     _check_sendable(setups[0])
     remote = RemoteWorkers(config, link)
     try:
@@ -155,9 +153,11 @@ async def open_workers(
         await remote.aclose()
 
 
-def _split(num_envs: int, num_groups: int) -> tuple[int, ...]:
-    """Sizes of nearly equal groups, the larger ones first."""
-    num_groups = min(num_envs, num_groups)
+def group_sizes(config: EnvironmentConfig, *, force_sync: bool) -> tuple[int, ...]:
+    """K of each group of a worker, or of its part in the trainer's process: nearly equal, the larger ones first."""
+    num_env_workers, num_envs = config.numbers()
+    by_rule = 1 if force_sync or num_env_workers == 0 else 2
+    num_groups = min(num_envs, by_rule if config.groups_per_worker == "auto" else config.groups_per_worker)
     size, more = divmod(num_envs, num_groups)
     return tuple(size + (index < more) for index in range(num_groups))
 

@@ -193,7 +193,7 @@ def _fail(link: WorkerLink, where: str, error: BaseException, incarnation: int) 
         pass
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """Has the kernel kill this process when the thread that started it ends; Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -242,7 +242,7 @@ def main() -> int:
     parser.add_argument("--lifeline", type=int, required=True, help="descriptor of a pipe that closes with the trainer")
     parser.add_argument("--slab", type=int, default=-1, help="descriptor of memory shared with the trainer; -1: none")
     arguments = parser.parse_args()
-    _end_with_parent(arguments.parent)
+    end_with_parent(arguments.parent)
     faulthandler.enable()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     with open(arguments.lifeline, "rb", buffering=0) as lifeline:  # noqa: PTH123 - a descriptor, not a path

@@ -12,7 +12,14 @@ from aiorl.monitoring.config import ProfilerConfig
 from aiorl.sampling.config import SamplingConfig
 from aiorl.section import MAY_DIFFER, Breach, Section, not_yet, rule
 
-RUN_FOLDER_NAMES: Final = ("config.toml", "provenance.json", "metrics.jsonl", "summary.json", "checkpoints")
+RUN_FOLDER_NAMES: Final = (
+    "config.toml",
+    "calibration.json",
+    "provenance.json",
+    "metrics.jsonl",
+    "summary.json",
+    "checkpoints",
+)
 """What lies in a run's folder beside its logs (see `aiorl.monitoring.folder`)."""
 
 _SHARDING = not_yet("several learners")

@@ -117,6 +117,11 @@ class RunFolder:
         return self.path / "config.toml"
 
     @property
+    def calibration_file(self) -> Path:
+        """The measured numbers of workers and environments, where they were measured."""
+        return self.path / "calibration.json"
+
+    @property
     def provenance_file(self) -> Path:
         """Versions, commit, host and command line."""
         return self.path / "provenance.json"
@@ -197,6 +202,18 @@ class RunFolder:
     def write_config(self, text: str) -> None:
         """Write the resolved configuration."""
         _replace(self.config_file, text)
+
+    def write_calibration(self, calibration: Mapping[str, Any]) -> None:
+        """Write what was measured, so that it is not measured again."""
+        _replace(self.calibration_file, dump_json(calibration, indent=2))
+
+    def read_calibration(self) -> dict[str, Any] | None:
+        """What `write_calibration` wrote; None where there is nothing, or nothing that can be read."""
+        try:
+            found = json.loads(self.calibration_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
 
     def write_provenance(self, extra: Mapping[str, Any] | None = None) -> None:
         """Write what this run was made with; what earlier starts in the folder wrote stays under ``earlier_starts``.

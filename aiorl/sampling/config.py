@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import Field
 
 from aiorl.section import MAY_DIFFER, Breach, Section, rule
+
+_MIN_STEPS: Final = 16  # of an environment in an epoch: the more environments, the shorter the trajectories
 
 
 class SamplingConfig(Section):
@@ -71,6 +73,11 @@ class SamplingConfig(Section):
         if self.min_trajectory_length <= self.num_epoch_samples:
             return None
         return f"is above num_epoch_samples = {self.num_epoch_samples}", "lower it, or raise num_epoch_samples"
+
+    @property
+    def most_envs(self) -> int:
+        """Environments at most where their number is measured: an epoch has 16 steps of each, or the minimum length."""
+        return max(1, self.num_epoch_samples // max(_MIN_STEPS, self.min_trajectory_length))
 
     def trajectory_limit(self, num_envs: int) -> int:
         """The length at which trajectories are cut, in transitions, when ``num_envs`` environments sample."""
