@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 BUDGET_S: Final = 10.0
 _PROBE_S: Final = 3.0  # an environment that takes longer to be made, reset and stepped once is not measured
 _PROBE_STEPS_S: Final = 0.1
-_WARM_UP_S: Final = 0.1
-_SLICE_S: Final = 0.4
+_WARM_UP_S: Final = 0.05
+_SLICE_S: Final = 0.3
 NUMBERS: Final = ("num_env_workers", "envs_per_worker", "groups_per_worker")
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 1.0  # for what was told to end at once
-_PATIENCE_WITH_RUN_S = 5.0  # the same, for a run that has a folder to leave in order
+PATIENCE_WITH_RUN_S = 5.0  # the same, for a run that has a folder to leave in order
 ONE_INTERRUPT_S = 0.05  # `timeout -s INT` and the like signal a process and then its group: that is one interrupt
 
 
@@ -160,7 +160,7 @@ async def _run(
                 loop.call_later(PATIENCE_S, partial(leave_now, patient=False))
             else:
                 main.cancel()
-                loop.call_later(_PATIENCE_WITH_RUN_S if runs else PATIENCE_S, partial(leave_now, patient=True))
+                loop.call_later(PATIENCE_WITH_RUN_S if runs else PATIENCE_S, partial(leave_now, patient=True))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)

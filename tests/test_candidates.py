@@ -39,8 +39,11 @@ def cheap(choice: Choice) -> float:
 
 def spinning(num_cores: int) -> Callable[[Choice], float]:
     """A millisecond a step: each worker makes a thousand, as long as it has a core."""
-    return lambda choice: 1000.0 * min(max(1, choice.num_env_workers), num_cores) * choice.envs_per_worker / (
-        choice.envs_per_worker + 0.05
+    return lambda choice: (
+        1000.0
+        * min(max(1, choice.num_env_workers), num_cores)
+        * choice.envs_per_worker
+        / (choice.envs_per_worker + 0.05)
     )
 
 
@@ -57,12 +60,16 @@ async def test_slow_environments_get_a_worker_for_each_core() -> None:
     found, asked = await searched(of, spinning(4))
     assert found.num_env_workers == 4
     assert found.num_envs <= 16
-    assert max(choice.num_envs for choice in asked if not choice.num_env_workers) <= 5, "a tick of 5 ms at most on the loop"
+    assert max(choice.num_envs for choice in asked if not choice.num_env_workers) <= 5, (
+        "a tick of 5 ms at most on the loop"
+    )
 
 
 async def test_candidates_come_from_cheap_to_costly() -> None:
     _, asked = await searched(space(num_cores=8), lambda choice: 1.0 + choice.num_env_workers)
-    workers = [choice.num_env_workers for choice in asked if choice.groups_per_worker != 1 or not choice.num_env_workers]
+    workers = [
+        choice.num_env_workers for choice in asked if choice.groups_per_worker != 1 or not choice.num_env_workers
+    ]
     assert workers == sorted(workers)
     assert set(workers) == {0, 1, 2, 4, 8}
 

@@ -1,7 +1,7 @@
 """A bench with a loop and signals of its own.
 
-The first SIGINT or SIGTERM closes what is open and ends it; a second one, or user code in a thread that does not come back
-within a second, ends the process at once, and with it all that it started.
+The first SIGINT or SIGTERM closes what is open and ends it; a second one ends the process at once, and with it all that it
+started, and so does user code in a thread that does not come back within ``env_cleanup_time`` and five seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aiorl.bench.measuring import bench
 from aiorl.compute.threads import held_up, leave
-from aiorl.standalone import ONE_INTERRUPT_S, PATIENCE_S, loop_factory
+from aiorl.standalone import ONE_INTERRUPT_S, PATIENCE_WITH_RUN_S, loop_factory
 
 if TYPE_CHECKING:
     from aiorl.bench.figures import Findings
@@ -59,7 +59,7 @@ async def _until_signal(config: Config, seconds: float) -> Findings | signal.Sig
         received.append(number)
         received_at.append(loop.time())
         main.cancel()
-        loop.call_later(PATIENCE_S, leave_if_held_up)
+        loop.call_later(PATIENCE_WITH_RUN_S + config.task.environment.env_cleanup_time, leave_if_held_up)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)

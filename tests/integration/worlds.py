@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,33 @@ class Ticking(gymnasium.Env[np.ndarray[Any, Any], np.int64]):
         observation = self._observe()
         ended = self._count % 7 == 0
         return observation, 1.0, ended and self._count % 2 == 0, ended and self._count % 2 == 1, {}
+
+
+class Spinning(Chain):
+    """Each step keeps the processor busy for `spin_s` seconds."""
+
+    def __init__(self, length: int = 10, spin_s: float = 0.001, reset_s: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(length, **kwargs)
+        self.spin_s = spin_s
+        self.reset_s = reset_s
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        time.sleep(self.reset_s)
+        return super().reset(seed=seed)
+
+    def step(self, action: np.int64) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        end = time.process_time() + self.spin_s
+        while time.process_time() < end:
+            pass
+        return super().step(action)
+
+
+class Awaited(Chain):
+    """A chain whose reset and step are coroutines."""
+
+    async def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:  # type: ignore[override]
+        return super().reset(seed=seed)
+
+    async def step(self, action: np.int64) -> Any:  # type: ignore[override]
+        await asyncio.sleep(0.02)
+        return super().step(action)
