@@ -146,6 +146,12 @@ def test_check_prints_what_would_be_run_and_nothing_else(folder: Path) -> None:
     assert not (folder / "runs").exists()
 
 
+def test_check_measures_nothing(folder: Path) -> None:
+    done = aiorl(folder, "check", "own/config.toml", "--set", "task.environment.envs_per_worker=auto")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert tomllib.loads(done.stdout)["task"]["environment"]["envs_per_worker"] == "auto"
+
+
 def test_check_prints_the_schema(tmp_path: Path) -> None:
     done = aiorl(tmp_path, "check", "--schema")
     assert (done.returncode, done.stderr) == (0, "")

@@ -43,7 +43,7 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class Subject:
     """What was measured.
 
     Attributes:
@@ -89,7 +89,7 @@ class Findings:
     """Everything that a bench found.
 
     Attributes:
-        setup: Of what.
+        subject: Of what.
         environments: Stepped with random actions, no trainer.
         link: Messages of this size, environments that cost nothing; None without workers.
         inference: The policy on batches of `batch_rows`.
@@ -103,7 +103,7 @@ class Findings:
         trainer_cost: Per tick and row; None where there was no time to measure it.
     """
 
-    setup: Setup
+    subject: Subject
     environments: Figure
     link: Figure | None
     inference: Figure
@@ -128,7 +128,7 @@ class Findings:
     def whole_ceiling(self) -> float:
         """What the whole could do: sampling and learning in turn at lag 0, the slower of them above."""
         parts = [self.sampling.median, self.learner.median]
-        return min(parts) if self.setup.max_policy_lag else in_turn(parts)
+        return min(parts) if self.subject.max_policy_lag else in_turn(parts)
 
 
 def in_turn(rates: Sequence[float]) -> float:
@@ -145,11 +145,11 @@ def bottleneck(found: Findings) -> Bottleneck:
 
 
 def _learning(found: Findings) -> Bottleneck:
-    setup, sampling, learner = found.setup, found.sampling.median, found.learner.median
+    subject, sampling, learner = found.subject, found.sampling.median, found.learner.median
     sentence = (
         f"The learner is the bottleneck: it learns {_k(learner)} steps/s, and sampling alone makes {_k(sampling)}."
     )
-    if setup.max_policy_lag == 0 and setup.num_cores > 1 and setup.num_env_workers:
+    if subject.max_policy_lag == 0 and subject.num_cores > 1 and subject.num_env_workers:
         gain = min(sampling, learner) / in_turn([sampling, learner])
         remedy = f"trainer.sampling.max_policy_lag = 1 would let workers sample while it learns: up to {gain:.1f} times as fast"
         return Bottleneck("learner", sentence, remedy, "trainer.sampling.max_policy_lag")
@@ -159,8 +159,8 @@ def _learning(found: Findings) -> Bottleneck:
 
 def _sampling(found: Findings, figures: str) -> Bottleneck:
     """Sampling takes the larger part: which part of it?"""
-    setup = found.setup
-    local = setup.num_env_workers == 0
+    subject = found.subject
+    local = subject.num_env_workers == 0
     name = _slowest_part_in_process(found) if local else _nearest_ceiling(found)
     sentence = {
         "environments": f"The environments are the bottleneck: {figures}, and the environments without a trainer "
@@ -172,18 +172,18 @@ def _sampling(found: Findings, figures: str) -> Bottleneck:
         "trainer": f"The trainer's thread is the bottleneck: {figures}, and it is busy {found.trainer_busy:.0%} of the time.",
         "waiting": f"Waiting is the bottleneck: {figures}, and the trainer is busy only {found.trainer_busy:.0%} of the time.",
     }[name]
-    more_room = setup.num_envs < setup.room_for_envs
+    more_room = subject.num_envs < subject.room_for_envs
     larger = "task.environment.envs_per_worker higher makes groups larger, and their ticks cheaper for each step"
     if name == "environments":
-        if setup.num_env_workers < setup.num_cores and setup.num_cores > 1:
+        if subject.num_env_workers < subject.num_cores and subject.num_cores > 1:
             remedy = (
-                f"task.environment.num_env_workers up to the {setup.num_cores} cores steps more of them side by side"
+                f"task.environment.num_env_workers up to the {subject.num_cores} cores steps more of them side by side"
             )
             return Bottleneck(name, sentence, remedy, "task.environment.num_env_workers")
         return Bottleneck(
             name, sentence, "all cores step environments: only cheaper environments or more cores help", None
         )
-    if name == "waiting" and setup.waits:
+    if name == "waiting" and subject.waits:
         remedy = "trainer.sampling.max_wait_time = 0.0 acts on what is there instead of waiting for full batches"
         return Bottleneck(name, sentence, remedy, "trainer.sampling.max_wait_time")
     if more_room:

@@ -18,7 +18,7 @@ import torch
 
 from aiorl.bench.ceilings import InferenceAlone, LearnerAlone, SteppedWorkers, stepped_processes
 from aiorl.bench.costless import costless
-from aiorl.bench.figures import Figure, Findings, Setup
+from aiorl.bench.figures import Figure, Findings, Subject
 from aiorl.bench.trainer_cost import GROUP_SIZES, trainer_costs
 from aiorl.compute.device import Placement, TorchSettings
 from aiorl.compute.threads import in_thread
@@ -113,14 +113,14 @@ class _Parts:
 
     def __init__(
         self,
-        setup: Setup,
+        subject: Subject,
         ceilings: dict[str, Ceiling],
         sampling: SamplingAlone,
         whole: WholeRun,
         costs: TrainerCosts,
         batch_rows: float,
     ) -> None:
-        self._setup = setup
+        self._subject = subject
         self._ceilings = ceilings
         self._sampling = sampling
         self._whole = whole
@@ -146,7 +146,7 @@ class _Parts:
             await self._costs.measure(unit_s * _COST_SHARE)
         figures = {name: Figure.of(measured) for name, measured in rates.items() if measured}
         return Findings(
-            self._setup,
+            self._subject,
             environments=figures["environments"],
             link=figures.get("link"),
             inference=figures["inference"],
@@ -191,8 +191,9 @@ async def _opened(config: Config, prepared: Prepared, run_folder: Path) -> Async
         else:
             processes = stepped_processes(spec, environment, env_seed=env_seed)
             ceilings["environments"] = await stack.enter_async_context(processes)
-            free = environment.model_copy(update={"vectorization_mode": "vector_entry_point"})
-            behind = open_workers(costless(workers.info), free, link, env_seed=0, incarnation=0, force_sync=False)
+            behind = open_workers(
+                costless(workers.info), environment, link, env_seed=0, incarnation=0, force_sync=False
+            )
             linked = SteppedWorkers(await stack.enter_async_context(behind))
             await linked.reset()
             ceilings["link"] = linked
@@ -218,7 +219,7 @@ async def _opened(config: Config, prepared: Prepared, run_folder: Path) -> Async
         costs = await stack.enter_async_context(
             trainer_costs(workers.info, model, task, trainer, environment, link, device=device)
         )
-        setup = Setup(
+        subject = Subject(
             environment_id=environment.id,
             num_env_workers=0 if is_local else environment.numbers()[0],
             num_envs=workers.num_envs,
@@ -228,4 +229,4 @@ async def _opened(config: Config, prepared: Prepared, run_folder: Path) -> Async
             waits=trainer.sampling.max_wait_time is None and not is_local,
             room_for_envs=trainer.sampling.most_envs,
         )
-        yield _Parts(setup, ceilings, alone, whole, costs, batch_rows)
+        yield _Parts(subject, ceilings, alone, whole, costs, batch_rows)

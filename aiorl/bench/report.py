@@ -24,7 +24,7 @@ def as_json(found: Findings) -> str:
     cost, lag = found.trainer_cost, {"sampling": found.sampling_lag, "whole": found.whole_lag}
     content: dict[str, Any] = {
         "format": FORMAT,
-        **asdict(found.setup),
+        **asdict(found.subject),
         "steps_per_s": {name: asdict(figure) if figure is not None else None for name, figure in figures.items()},
         "ceilings": {"sampling": found.sampling_ceiling, "whole": found.whole_ceiling},
         "shares": {
@@ -59,11 +59,11 @@ def as_text(found: Findings) -> str:
 
 
 def _lines(found: Findings) -> Iterator[str]:
-    setup = found.setup
-    where = f"{setup.num_env_workers} workers" if setup.num_env_workers else "the trainer's process"
+    subject = found.subject
+    where = f"{subject.num_env_workers} workers" if subject.num_env_workers else "the trainer's process"
     yield (
-        f"{setup.environment_id}: {setup.num_envs} environments in {setup.num_groups} groups in {where}, "
-        f"{setup.num_cores} cores, max_policy_lag = {setup.max_policy_lag}"
+        f"{subject.environment_id}: {subject.num_envs} environments in {subject.num_groups} groups in {where}, "
+        f"{subject.num_cores} cores, max_policy_lag = {subject.max_policy_lag}"
     )
     yield ""
     yield f"{'environment steps/s':<32}{'median':>12}{'lowest':>12}{'highest':>12}   the whole is"
@@ -79,7 +79,7 @@ def _lines(found: Findings) -> Iterator[str]:
     yield (
         f"sampling alone reaches {found.sampling.median / found.sampling_ceiling:.0%} of what its parts allow, "
         f"{found.sampling_ceiling:,.0f}; the whole {found.whole.median / found.whole_ceiling:.0%} of what sampling and "
-        f"learner allow{', side by side' if setup.max_policy_lag else ' in turn'}, {found.whole_ceiling:,.0f}"
+        f"learner allow{', side by side' if subject.max_policy_lag else ' in turn'}, {found.whole_ceiling:,.0f}"
     )
     cost = found.trainer_cost
     if cost is not None:

@@ -123,7 +123,6 @@ async def trainer_costs(
                     "num_env_workers": num_workers,
                     "envs_per_worker": num_envs,
                     "groups_per_worker": num_groups,
-                    "vectorization_mode": "vector_entry_point",
                 }
             )
             workers = await stack.enter_async_context(

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aiorl.bench.figures import Figure, Findings, Setup, bottleneck, in_turn
+from aiorl.bench.figures import Figure, Findings, Subject, bottleneck, in_turn
 from aiorl.bench.report import as_json, as_text
 from aiorl.bench.trainer_cost import TrainerCost, fit_line
 from aiorl.monitoring.loop_lag import LagStatistics
 
-SETUP = Setup("CartPole-v1", 2, 32, 4, 4, 0, waits=False, room_for_envs=128)
+SUBJECT = Subject("CartPole-v1", 2, 32, 4, 4, 0, waits=False, room_for_envs=128)
 LAG = LagStatistics(0.001, 0.004, 0.02, 1000)
 
 
@@ -22,7 +22,7 @@ def figure(rate: float) -> Figure:
     return Figure(rate, 0.9 * rate, 1.1 * rate, 5)
 
 
-def found(setup: Setup = SETUP, *, busy: float = 0.5, **rates: float | None) -> Findings:
+def found(subject: Subject = SUBJECT, *, busy: float = 0.5, **rates: float | None) -> Findings:
     """Workers that could do 100,000, a link of 50,000, and so on, unless said otherwise."""
     usual: dict[str, float | None] = {
         "environments": 100_000.0,
@@ -37,7 +37,7 @@ def found(setup: Setup = SETUP, *, busy: float = 0.5, **rates: float | None) -> 
     }
     cost = TrainerCost(80.0, 0.5, 1000.0, {1: 80.5, 64: 112.0})
     return Findings(
-        setup, **figures, batch_rows=12.0, trainer_busy=busy, sampling_lag=LAG, whole_lag=LAG, trainer_cost=cost
+        subject, **figures, batch_rows=12.0, trainer_busy=busy, sampling_lag=LAG, whole_lag=LAG, trainer_cost=cost
     )
 
 
@@ -49,13 +49,13 @@ def test_what_is_done_in_turn_adds_up_and_what_is_done_side_by_side_does_not() -
     assert in_turn([20_000.0, 20_000.0]) == pytest.approx(10_000.0)
     assert found().sampling_ceiling == 50_000.0
     assert found().whole_ceiling == pytest.approx(40_000 * 20_000 / 60_000)
-    assert found(replace(SETUP, max_policy_lag=1)).whole_ceiling == 20_000.0
-    local = found(replace(SETUP, num_env_workers=0), link=None, environments=60_000.0, inference=60_000.0)
+    assert found(replace(SUBJECT, max_policy_lag=1)).whole_ceiling == 20_000.0
+    local = found(replace(SUBJECT, num_env_workers=0), link=None, environments=60_000.0, inference=60_000.0)
     assert local.sampling_ceiling == pytest.approx(30_000.0)
 
 
 @pytest.mark.parametrize(
-    ("setup", "rates", "name", "setting"),
+    ("subject", "rates", "name", "setting"),
     [
         pytest.param({}, {}, "learner", "trainer.sampling.max_policy_lag", id="learner at lag 0"),
         pytest.param({"max_policy_lag": 1}, {}, "learner", "task.minibatch_size", id="learner at lag 1"),
@@ -122,9 +122,9 @@ def test_what_is_done_in_turn_adds_up_and_what_is_done_side_by_side_does_not() -
     ],
 )
 def test_the_bottleneck_and_what_would_move_it(
-    setup: dict[str, Any], rates: dict[str, Any], name: str, setting: str | None
+    subject: dict[str, Any], rates: dict[str, Any], name: str, setting: str | None
 ) -> None:
-    narrow = bottleneck(found(replace(SETUP, **setup), **rates))
+    narrow = bottleneck(found(replace(SUBJECT, **subject), **rates))
     assert (narrow.name, narrow.setting) == (name, setting)
     assert narrow.sentence.endswith(".")
     assert setting is None or setting in narrow.remedy
