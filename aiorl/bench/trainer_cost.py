@@ -82,10 +82,17 @@ class TrainerCosts:
 
 
 def fit_line(x: Any, y: Any) -> tuple[float, float]:
-    """``(a, b)`` of the line a + b·x with the least sum of squared relative errors, since large ticks scatter more."""
+    """``(a, b)``, neither below 0, of the line a + b·x with the least sum of squared errors relative to `y`.
+
+    Relative, since large ticks scatter more; not below 0, since nothing costs less than that.
+    """
     scale = 1.0 / y
     design = np.stack([scale, x * scale], axis=1)
-    (a, b), *_ = np.linalg.lstsq(design, y * scale, rcond=None)
+    (a, b), *_ = np.linalg.lstsq(design, np.ones_like(scale), rcond=None)
+    if a < 0 or b < 0:  # then the best is on the edge, with one of them 0
+        column = scale if b < 0 else x * scale
+        alone = float(column.sum() / (column @ column))
+        return (alone, 0.0) if b < 0 else (0.0, alone)
     return float(a), float(b)
 
 

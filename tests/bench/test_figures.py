@@ -162,3 +162,11 @@ def test_the_text_names_shares_and_lag() -> None:
 
 def test_a_line_is_found_again() -> None:
     assert fit_line(np.array([1, 4, 16, 64]), np.array([80.5, 82.0, 88.0, 112.0])) == pytest.approx((80.0, 0.5))
+
+
+def test_nothing_costs_less_than_nothing() -> None:
+    """Falling: the constant that is best, (1 + 1/2) / (1 + 1/4). Through the origin from below: a slope alone."""
+    assert fit_line(np.array([1, 64]), np.array([2.0, 1.0])) == pytest.approx((1.2, 0.0))
+    per_tick, per_row = fit_line(np.array([1, 2]), np.array([1.0, 3.0]))
+    assert per_tick == 0.0
+    assert per_row == pytest.approx((1 + 2 / 3) / (1 + 4 / 9))
