@@ -141,14 +141,12 @@ def bottleneck(found: Findings) -> Bottleneck:
     sampling, learner = found.sampling.median, found.learner.median
     if learner < sampling:
         return _learning(found)
-    return _sampling(found, f"sampling alone makes {_k(sampling)} steps/s, the learner {_k(learner)}")
+    return _sampling(found)
 
 
 def _learning(found: Findings) -> Bottleneck:
     subject, sampling, learner = found.subject, found.sampling.median, found.learner.median
-    sentence = (
-        f"The learner is the bottleneck: it learns {_k(learner)} steps/s, and sampling alone makes {_k(sampling)}."
-    )
+    sentence = f"The learner is the bottleneck: it learns {_k(found.learner)} steps/s, and sampling alone makes {_k(found.sampling)}."
     if subject.max_policy_lag == 0 and subject.num_cores > 1 and subject.num_env_workers:
         gain = min(sampling, learner) / in_turn([sampling, learner])
         remedy = f"trainer.sampling.max_policy_lag = 1 would let workers sample while it learns: up to {gain:.1f} times as fast"
@@ -157,41 +155,44 @@ def _learning(found: Findings) -> Bottleneck:
     return Bottleneck("learner", sentence, remedy, "task.minibatch_size")
 
 
-def _sampling(found: Findings, figures: str) -> Bottleneck:
+def _sampling(found: Findings) -> Bottleneck:
     """Sampling takes the larger part: which part of it?"""
-    subject = found.subject
-    local = subject.num_env_workers == 0
+    local = found.subject.num_env_workers == 0
     name = _slowest_part_in_process(found) if local else _nearest_ceiling(found)
-    sentence = {
-        "environments": f"The environments are the bottleneck: {figures}, and the environments without a trainer "
-        f"{_k(found.environments.median)}.",
-        "link": f"The link is the bottleneck: {figures}, and the link with nothing behind it "
-        f"{_k(found.link.median if found.link else 0.0)}.",
-        "inference": f"Choosing actions is the bottleneck: {figures}, and the policy alone answers "
-        f"{_k(found.inference.median)} rows/s.",
-        "trainer": f"The trainer's thread is the bottleneck: {figures}, and it is busy {found.trainer_busy:.0%} of the time.",
-        "waiting": f"Waiting is the bottleneck: {figures}, and the trainer is busy only {found.trainer_busy:.0%} of the time.",
-    }[name]
-    more_room = subject.num_envs < subject.room_for_envs
-    larger = "task.environment.envs_per_worker higher makes groups larger, and their ticks cheaper for each step"
-    if name == "environments":
-        if subject.num_env_workers < subject.num_cores and subject.num_cores > 1:
-            remedy = (
-                f"task.environment.num_env_workers up to the {subject.num_cores} cores steps more of them side by side"
-            )
-            return Bottleneck(name, sentence, remedy, "task.environment.num_env_workers")
-        return Bottleneck(
-            name, sentence, "all cores step environments: only cheaper environments or more cores help", None
-        )
+    sentences = {
+        "environments": f"The environments are the bottleneck: without a trainer they make {_k(found.environments)} steps/s",
+        "link": f"The link is the bottleneck: with nothing behind it, it carries {_k(found.link)} steps/s",
+        "inference": f"Choosing actions is the bottleneck: the policy alone answers {_k(found.inference)} rows/s",
+        "trainer": f"The trainer's thread is the bottleneck: the trainer is busy {found.trainer_busy:.0%} of the time",
+        "waiting": f"Waiting is the bottleneck: the trainer is busy only {found.trainer_busy:.0%} of the time",
+    }
+    others = f"sampling alone makes {_k(found.sampling)}, and the learner learns {_k(found.learner)}."
+    remedy, setting = _for_environments(found.subject) if name == "environments" else _for_the_rest(name, found.subject)
+    return Bottleneck(name, f"{sentences[name]}; {others}", remedy, setting)
+
+
+def _for_environments(subject: Subject) -> tuple[str, str | None]:
+    """What makes environments step faster: words, and the setting."""
+    setting, cores = "task.environment.num_env_workers", subject.num_cores
+    if subject.num_env_workers == 0 and cores > 1:
+        return f'{setting} = "auto" measures whether they step faster in processes of their own', setting
+    if subject.num_env_workers < cores:
+        return f"{setting} up to the {cores} cores steps more of them side by side", setting
+    return "all cores step environments: only cheaper environments or more cores help", None
+
+
+def _for_the_rest(name: str, subject: Subject) -> tuple[str, str]:
+    """What makes each step cheaper for the trainer: words, and the setting."""
     if name == "waiting" and subject.waits:
-        remedy = "trainer.sampling.max_wait_time = 0.0 acts on what is there instead of waiting for full batches"
-        return Bottleneck(name, sentence, remedy, "trainer.sampling.max_wait_time")
-    if more_room:
-        return Bottleneck(name, sentence, larger, "task.environment.envs_per_worker")
+        setting = "trainer.sampling.max_wait_time"
+        return f"{setting} = 0.0 acts on what is there instead of waiting for full batches", setting
+    if subject.num_envs < subject.room_for_envs:
+        setting = "task.environment.envs_per_worker"
+        return f"{setting} higher makes groups larger, and a tick cheaper for each of its steps", setting
     if name == "inference":
-        return Bottleneck(name, sentence, "a smaller model answers faster", "model.hidden_sizes")
-    remedy = "a larger trainer.sampling.num_epoch_samples has room for more environments, and so for larger groups"
-    return Bottleneck(name, sentence, remedy, "trainer.sampling.num_epoch_samples")
+        return "smaller model.hidden_sizes, or another model, answer faster", "model.hidden_sizes"
+    setting = "trainer.sampling.num_epoch_samples"
+    return f"{setting} higher has room for more environments, and so for larger groups", setting
 
 
 def _slowest_part_in_process(found: Findings) -> str:
@@ -217,5 +218,5 @@ def _nearest_ceiling(found: Findings) -> str:
     return "trainer" if found.trainer_busy >= _BUSY else "waiting"
 
 
-def _k(rate: float) -> str:
-    return f"{rate:,.0f}"
+def _k(figure: Figure | None) -> str:
+    return f"{figure.median:,.0f}" if figure is not None else "none"

@@ -60,10 +60,10 @@ def as_text(found: Findings) -> str:
 
 def _lines(found: Findings) -> Iterator[str]:
     subject = found.subject
-    where = f"{subject.num_env_workers} workers" if subject.num_env_workers else "the trainer's process"
+    where = _counted(subject.num_env_workers, "worker") if subject.num_env_workers else "the trainer's process"
     yield (
-        f"{subject.environment_id}: {subject.num_envs} environments in {subject.num_groups} groups in {where}, "
-        f"{subject.num_cores} cores, max_policy_lag = {subject.max_policy_lag}"
+        f"{subject.environment_id}: {_counted(subject.num_envs, 'environment')} in {_counted(subject.num_groups, 'group')} in {where}, "
+        f"{_counted(subject.num_cores, 'core')}, max_policy_lag = {subject.max_policy_lag}"
     )
     yield ""
     yield f"{'environment steps/s':<32}{'median':>12}{'lowest':>12}{'highest':>12}   the whole is"
@@ -93,6 +93,10 @@ def _lines(found: Findings) -> Iterator[str]:
     narrow = bottleneck(found)
     yield narrow.sentence
     yield f"What would move it: {narrow.remedy}."
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _lag(lag: LagStatistics) -> str:
