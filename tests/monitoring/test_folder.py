@@ -110,8 +110,8 @@ def test_a_tilde_is_the_home_for_whoever_asks(tmp_path: Path, monkeypatch: pytes
 
 def test_logs_may_not_take_the_name_of_another_file(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    files = (folder.config_file, folder.provenance_file, folder.metrics_file, folder.summary_file, folder.checkpoints)
-    assert sorted(path.name for path in files) == sorted(RUN_FOLDER_NAMES)
+    records = (folder.config_file, folder.calibration_file, folder.provenance_file, folder.metrics_file)
+    assert sorted(path.name for path in (*records, folder.summary_file, folder.checkpoints)) == sorted(RUN_FOLDER_NAMES)
 
 
 @pytest.mark.parametrize(
