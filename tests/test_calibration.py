@@ -61,13 +61,14 @@ async def test_a_cheap_environment_steps_in_process_and_in_a_large_group(tmp_pat
     assert max(rates) <= 1024 // 16
 
 
-async def test_an_environment_that_takes_a_millisecond_gets_processes_and_few_environments(tmp_path: Path) -> None:
-    num_env_workers, envs_per_worker = await settle(configured(tmp_path, *AUTO, world="Spinning"))
-    measured = recorded(tmp_path)["measured"]
-    assert all(each["envs_per_worker"] <= 5 for each in measured if not each["num_env_workers"]), "5 ms on the loop"
-    assert envs_per_worker <= 8
+async def test_an_environment_that_takes_four_milliseconds_gets_processes_and_few_environments(tmp_path: Path) -> None:
+    """A worker for each core steps as many times as much, and more environments in one bring nothing."""
+    num_env_workers, envs_per_worker = await settle(configured(tmp_path, *AUTO, world="Slow"))
+    local = [each for each in recorded(tmp_path)["measured"] if not each["num_env_workers"]]
+    assert [each["envs_per_worker"] for each in local] == [1], "a tick of 5 ms at most on the loop"
     if len(os.sched_getaffinity(0)) > 1:
-        assert num_env_workers >= 1
+        assert num_env_workers > 1
+        assert envs_per_worker <= 8
 
 
 async def test_an_environment_too_slow_to_measure_gets_a_default(
@@ -75,7 +76,7 @@ async def test_an_environment_too_slow_to_measure_gets_a_default(
 ) -> None:
     monkeypatch.setattr(calibration, "_PROBE_S", 0.2)
     cores = len(os.sched_getaffinity(0))
-    assert await settle(configured(tmp_path, *AUTO, world="Spinning", reset_s=0.5)) == (cores, 2)
+    assert await settle(configured(tmp_path, *AUTO, world="Slow", reset_s=0.5)) == (cores, 2)
     assert "an environment took more than 0.2 s to be made and stepped" in caplog.text
     assert recorded(tmp_path)["measured"] == []
 

@@ -81,12 +81,12 @@ class Ticking(gymnasium.Env[np.ndarray[Any, Any], np.int64]):
         return observation, 1.0, ended and self._count % 2 == 0, ended and self._count % 2 == 1, {}
 
 
-class Spinning(Chain):
-    """Each step keeps the processor busy for `spin_s` seconds."""
+class Slow(Chain):
+    """A step takes `step_s` seconds, a reset `reset_s`, and neither needs a processor: how busy the machine is plays no part."""
 
-    def __init__(self, length: int = 10, spin_s: float = 0.001, reset_s: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, length: int = 10, step_s: float = 0.004, reset_s: float = 0.0, **kwargs: Any) -> None:
         super().__init__(length, **kwargs)
-        self.spin_s = spin_s
+        self.step_s = step_s
         self.reset_s = reset_s
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -94,9 +94,7 @@ class Spinning(Chain):
         return super().reset(seed=seed)
 
     def step(self, action: np.int64) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        end = time.process_time() + self.spin_s
-        while time.process_time() < end:
-            pass
+        time.sleep(self.step_s)
         return super().step(action)
 
 
