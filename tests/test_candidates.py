@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 
-def space(num_cores: int = 2, num_epoch_samples: int = 2048, **fields: Any) -> Space:
+def space(num_cores: int = 2, num_epoch_samples: int = 8192, **fields: Any) -> Space:
     environment = EnvironmentConfig(**({"num_env_workers": "auto", "envs_per_worker": "auto"} | fields))
     return Space(environment, SamplingConfig(num_epoch_samples=num_epoch_samples), num_cores=num_cores)
 
@@ -80,11 +80,11 @@ async def test_a_climb_ends_where_nothing_is_gained() -> None:
     assert asked[-1].groups_per_worker == 1, "the best of them, with a single group"
 
 
-async def test_an_epoch_has_sixteen_steps_of_each_environment_and_more_where_episodes_have_to_be_longer() -> None:
-    _, asked = await searched(space(num_cores=4, num_epoch_samples=512), lambda choice: float(choice.num_envs))
-    assert max(choice.num_envs for choice in asked) == 512 // 16
+async def test_an_epoch_has_64_steps_of_each_environment_and_more_where_episodes_have_to_be_longer() -> None:
+    _, asked = await searched(space(num_cores=4, num_epoch_samples=2048), lambda choice: float(choice.num_envs))
+    assert max(choice.num_envs for choice in asked) == 2048 // 64
     environment = EnvironmentConfig(num_env_workers="auto", envs_per_worker="auto")
-    sampling = SamplingConfig(num_epoch_samples=512, min_trajectory_length=64)
+    sampling = SamplingConfig(num_epoch_samples=1024, min_trajectory_length=128)
     assert Space(environment, sampling, num_cores=4).most_envs == 8
 
 

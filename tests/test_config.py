@@ -390,10 +390,10 @@ def test_how_many_environments_there_are_is_open_until_it_was_measured() -> None
 
 def test_a_batch_that_no_measured_number_of_environments_can_fill_is_a_fault() -> None:
     auto = ["trainer.sampling.num_epoch_samples=2048", "task.environment.envs_per_worker=auto"]
-    assert load_config(None, [*auto, "trainer.sampling.min_batch_size=128"]).trainer.sampling.most_envs == 128
-    (fault,) = faults_of(None, *auto, "trainer.sampling.min_batch_size=129")
+    assert load_config(None, [*auto, "trainer.sampling.min_batch_size=32"]).trainer.sampling.most_envs == 32
+    (fault,) = faults_of(None, *auto, "trainer.sampling.min_batch_size=33")
     assert fault.path == "trainer.sampling.min_batch_size"
-    assert fault.message == 'is above the number of environments that "auto" chooses at most, 128'
+    assert fault.message == 'is above the number of environments that "auto" chooses at most, 32'
 
 
 def test_neither_a_negative_number_nor_another_word_stands_for_workers() -> None:
