@@ -121,4 +121,3 @@ async def open_sampling(
             epoch_is_over=epoch_is_over,
         )
         yield Sampling(policy, batcher, channel, rollout)
-
