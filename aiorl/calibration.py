@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from aiorl.candidates import Choice, Measured, Space, chosen, search
+from aiorl.compute.config import CompilerConfig
 from aiorl.compute.device import LOOP_BUDGET_S
 from aiorl.compute.threads import in_thread
 from aiorl.environments.local import in_daemon_thread, reported
@@ -185,6 +186,9 @@ async def _rate(
 ) -> float:
     """Environment steps per second of sampling alone in such environments."""
     seed = config.seed if environment.env_seed is None else environment.env_seed
+    config = config.model_copy(
+        update={"compiler": CompilerConfig()}
+    )  # compiling takes longer than all that is measured
     async with (
         open_workers(spec, environment, link, env_seed=seed, incarnation=0, force_sync=False) as workers,
         sampling_alone(workers, model, task, config, device=torch.device("cpu")) as alone,

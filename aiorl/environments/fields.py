@@ -35,6 +35,7 @@ MAX_TEXT: Final = 2**16
 MAX_DEPTH: Final = 16
 
 _DTYPES: Final = {name: np.dtype(name).newbyteorder("<") for name in ARRAY_DTYPES}
+_DTYPE_NAMES: Final = {np.dtype(name): name for name in ARRAY_DTYPES}  # a dtype's own `name` takes 3 µs
 
 
 class Field(Protocol):
@@ -119,7 +120,7 @@ class Array:
     ndim: int | None = None
 
     def dump(self, value: NDArray[Any], frames: list[bytes]) -> list[Any]:
-        dtype = value.dtype.name
+        dtype = _DTYPE_NAMES.get(value.dtype) or value.dtype.name
         if value.nbytes > MAX_ARRAY_BYTES:
             raise MalformedMessage(f"an array of {value.nbytes} bytes, where at most {MAX_ARRAY_BYTES} can be sent")
         if dtype not in self.dtypes or not self._takes(value.ndim):

@@ -161,7 +161,7 @@ class RemoteGroup:
         info, rows = self._worker.info, message.observations
         if rows is None:
             raise MalformedMessage(f"{self.name} sent no observations, and has no slab where they could lie")
-        if info is None or (rows.shape[1:], rows.dtype.name) != (info.observation.shape, info.observation.dtype):
+        if info is None or rows.shape[1:] != info.observation.shape or rows.dtype != info.observation.dtype:
             raise MalformedMessage(f"{self.name} sent observations {rows.dtype.name} {rows.shape} instead of {info}")
         return tick_of(message, rows[: self.num_envs].copy(), rows[self.num_envs :])
 

@@ -224,8 +224,8 @@ class EpochLedger:
     def deadline(self) -> float | None:
         """When `expire` should be called: the first time at which some step is late; None while no full epoch waits for one."""
         times = [tick.dispatched_at for tick in self._waited_for() if tick.dispatched_at is not None]
-        limit = self._late_after()
-        return min(times) + limit if times and limit is not None else None
+        limit = self._late_after() if times else None
+        return min(times) + limit if limit is not None else None
 
     def expire(self, now: float) -> None:
         """Marks as late what is outstanding for too long at time `now` in seconds."""

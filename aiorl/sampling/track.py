@@ -151,7 +151,7 @@ class GroupTrack:
         self._transitions.append(self.num_envs if masked is None else self.num_envs - int(np.count_nonzero(masked)))
         self._observations = tick.observations
         ended = tick.terminated | tick.truncated
-        any_ended = bool(ended.any())
+        any_ended = np.count_nonzero(ended) > 0  # any() takes ten times as long
         flags = page.flags[row]
         flags[:] = REAL
         page.rewards[row] = tick.rewards
@@ -159,8 +159,8 @@ class GroupTrack:
         self._lengths += 1
         self._since_cut += 1
         if any_ended:
-            flags[tick.terminated] |= TERMINATED
-            flags[tick.truncated] |= TRUNCATED
+            flags |= tick.terminated * np.uint8(TERMINATED)
+            flags |= tick.truncated * np.uint8(TRUNCATED)
         if masked is not None:
             flags[masked] = 0
             self._lengths[masked] = 0

@@ -119,11 +119,13 @@ def test_numpy_acts_on_the_calling_thread_alone() -> None:
     acting = in_numpy(mlp())
     observations, noise = np.ones((4096, 4), np.float32), np.zeros(4096)
     acting.act(observations, noise, optimal=False)
-    alone, together = time.thread_time(), time.process_time()
-    for _ in range(50):
-        acting.act(observations, noise, optimal=False)
-    alone, together = time.thread_time() - alone, time.process_time() - together
-    assert together < 1.3 * alone
+    ratios = []
+    for _ in range(8):  # an earlier test's BLAS may have threads that spin for another moment
+        alone, together = time.thread_time(), time.process_time()
+        for _ in range(50):
+            acting.act(observations, noise, optimal=False)
+        ratios.append((time.process_time() - together) / (time.thread_time() - alone))
+    assert min(ratios) < 1.3
 
 
 @BACK_ENDS
