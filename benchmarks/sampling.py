@@ -7,7 +7,6 @@ Prints one line of JSON: the median of the transitions per second of some slices
 
 from __future__ import annotations
 
-import asyncio
 import json
 import statistics
 import sys
