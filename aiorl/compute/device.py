@@ -28,6 +28,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LOOP_BUDGET_S = 0.005
+_TRIAL_BUDGET_S = 4 * LOOP_BUDGET_S
 _WARM_UP_CALLS = 5
 
 
@@ -76,10 +77,10 @@ class TorchSettings:
 class Placement:
     """Runs each kind of computation on the loop while it is short, and on one thread of its own while it is long.
 
-    A kind is a function. Its first calls run on the thread, where they cannot hold the loop up, and their processor time says which
-    place it gets: by the clock they would seem long wherever the loop works meanwhile, for which the thread waits up to the
-    interpreter's switch interval of 5 ms. On the loop the next calls are timed by the clock, and if even the shortest of them held it
-    up, by waiting for something, the kind goes back to the thread for good. Each decision is logged.
+    A kind is a function. Its first calls run on the thread, where they cannot hold the loop up. By the clock they seem long wherever
+    the loop works meanwhile, for which the thread waits up to the interpreter's switch interval of 5 ms, and even by processor time
+    they seem so several times over. So unless that says otherwise clearly, the next calls are tried on the loop and timed by the
+    clock, and the kind stays there if they are short. Each decision is logged.
 
     Args:
         name: What it computes, for the log and the thread's name.
@@ -121,15 +122,13 @@ class Placement:
         if len(durations) < 2 * _WARM_UP_CALLS:
             durations.append(duration_s)
             if len(durations) == _WARM_UP_CALLS:
-                self._place(kind, median(durations[1:]))
+                self._place(kind, median(durations[1:]), _TRIAL_BUDGET_S)
             elif len(durations) == 2 * _WARM_UP_CALLS and self._inline[kind]:
-                shortest_s = min(durations[_WARM_UP_CALLS:])
-                if shortest_s > LOOP_BUDGET_S:
-                    self._place(kind, shortest_s)
+                self._place(kind, min(durations[_WARM_UP_CALLS:]), LOOP_BUDGET_S)
         return result
 
-    def _place(self, kind: object, typical_s: float) -> None:
-        self._inline[kind] = typical_s <= LOOP_BUDGET_S
+    def _place(self, kind: object, typical_s: float, budget_s: float) -> None:
+        self._inline[kind] = typical_s <= budget_s
         what = getattr(kind, "__name__", str(kind)).strip("_")
         where = "on the event loop" if self._inline[kind] else "on a thread of its own"
         logger.debug("%s: %s takes %.1f ms, and runs %s", self.name, what, 1000 * typical_s, where)

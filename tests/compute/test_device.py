@@ -30,7 +30,7 @@ def where_else() -> int:
 
 def slowly() -> int:
     """The thread that runs it; takes longer than the loop may be held up for."""
-    compute(2 * LOOP_BUDGET_S)
+    compute(5 * LOOP_BUDGET_S)
     return threading.get_ident()
 
 

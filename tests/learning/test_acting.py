@@ -228,7 +228,7 @@ async def test_large_weights_are_loaded_in_the_acting_thread() -> None:
 
         def load(self, weights: Any) -> None:
             self.threads.append(threading.get_ident())
-            until = time.thread_time() + 0.01
+            until = time.thread_time() + 0.03
             while time.thread_time() < until:  # the length of the computation is what is tested
                 pass
             super().load(weights)
