@@ -235,7 +235,7 @@ class ReinforcementLearningTrainer:
                 placement=place,
                 device=device,
                 max_overshoot=max(group.num_envs for group in workers.groups) * sampling.min_trajectory_length - 1,
-                quiet=lambda: batcher.idle and workers.link_idle(),
+                quiet=lambda: workers.on_loop or (batcher.idle and workers.link_idle()),
             )
             recorder = await stack.enter_async_context(
                 Recorder(

@@ -201,6 +201,7 @@ class LocalWorkers:
         groups: Theirs, in the order of their first environments.
         num_envs: Of all groups.
         num_workers: Into how many parts they are divided, as workers would divide them; awaitable ones into one each.
+        on_loop: Whether a step is the loop's own work: not where environments are awaitable.
     """
 
     def __init__(
@@ -212,6 +213,7 @@ class LocalWorkers:
         self.groups: list[Group] = list(groups)
         self.num_envs = sum(group.num_envs for group in groups)
         self.num_workers = len(groups) if self.info.is_awaitable else num_workers
+        self.on_loop = not self.info.is_awaitable
 
     async def watch(self) -> None:
         """Waits until it is cancelled."""

@@ -72,12 +72,14 @@ class Workers(Protocol):
         groups: All groups, in the order of their first environments.
         num_envs: Of all groups.
         num_workers: Processes or threads; in the trainer's own process, the parts that would be workers.
+        on_loop: Whether a step is the loop's own work from beginning to end, so that nothing of it goes on beside the loop.
     """
 
     info: EnvironmentInfo
     groups: list[Group]
     num_envs: int
     num_workers: int
+    on_loop: bool
 
     async def watch(self) -> None:
         """Waits until a worker fails, or it is cancelled.
@@ -180,6 +182,7 @@ class RemoteWorkers:
         self.groups: list[Group] = []
         self.num_envs = 0
         self.num_workers = 0
+        self.on_loop = False
         self._host_kind = WorkerThread if config.env_worker_mode == "thread" else WorkerProcess
         self._env_cleanup_time = config.env_cleanup_time
         endpoint = link.endpoint

@@ -131,7 +131,7 @@ class Learner:
         placement: Where computations run.
         device: Where the model is.
         max_overshoot: Rows by which an epoch may exceed ``num_epoch_samples``.
-        quiet: Whether nothing waits to be acted on.
+        quiet: Whether nothing waits to be acted on, or nothing would go on meanwhile if it were.
     """
 
     def __init__(
