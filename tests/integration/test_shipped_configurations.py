@@ -26,9 +26,9 @@ def _aiorl(*arguments: str, flags: tuple[str, ...] = (), timeout: float = 110.0)
     )
 
 
-def _solve_cartpole(exp_dir: Path, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    sets = ("--set", f"trainer.exp_dir={exp_dir}", "--set", f"trainer.seed={seed}")
-    done = _aiorl("run", "configs/cartpole.toml", *sets)
+def _solve_cartpole(exp_dir: Path, seed: int, *overrides: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    sets = (f"trainer.exp_dir={exp_dir}", f"trainer.seed={seed}", *overrides)
+    done = _aiorl("run", "configs/cartpole.toml", *(part for each in sets for part in ("--set", each)))
     assert done.returncode == 0, done.stderr
     played = _aiorl("eval", str(exp_dir), "--episodes", "100", "--json")
     assert played.returncode == 0, played.stderr
@@ -49,6 +49,14 @@ def test_cartpole_is_solved_within_a_minute_on_every_seed(tmp_path: Path, seed: 
     told, played = _solve_cartpole(tmp_path, seed)
     assert played["episode_return_mean"] >= 475.0
     assert told["wall_s"] <= 60.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4])
+def test_cartpole_is_solved_at_a_policy_lag_of_one(tmp_path: Path, seed: int) -> None:
+    _, played = _solve_cartpole(tmp_path, seed, "trainer.sampling.max_policy_lag=1")
+    assert played["episode_return_mean"] >= 475.0
+    assert max(line["metrics"]["sampling/lag_max"] for line in metrics(tmp_path)) >= 1
 
 
 @pytest.mark.slow
@@ -98,7 +106,7 @@ PONG = (
 """Overrides that make a run of Pong short, and its episodes."""
 
 
-@pytest.mark.parametrize("num_env_workers", [0, 2])
+@pytest.mark.parametrize("num_env_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_pong_trains_and_is_played(tmp_path: Path, num_env_workers: int) -> None:
     pytest.importorskip("ale_py", reason='ALE is installed by pip install "aiorl[atari]"')
     sets = (*PONG, f"trainer.exp_dir={tmp_path}", f"task.environment.num_env_workers={num_env_workers}")
@@ -106,9 +114,7 @@ def test_pong_trains_and_is_played(tmp_path: Path, num_env_workers: int) -> None
     assert done.returncode == 0, done.stderr
     told = summary(tmp_path)
     assert told["num_samples"] >= 192
-    assert (
-        told["num_episodes"] >= 8
-    )  # of 15 steps, each of 4 frames, where 8 environments make 24 steps each, or 4 make 48
+    assert told["num_episodes"] >= 8  # of 15 steps, each of 4 frames; 8 environments make 24 steps each, 4 make 48
     assert all(line["metrics"]["learner/loss"] is not None for line in metrics(tmp_path))
     played = _aiorl("eval", str(tmp_path), "--episodes", "2", "--json")
     assert played.returncode == 0, played.stderr
@@ -117,6 +123,7 @@ def test_pong_trains_and_is_played(tmp_path: Path, num_env_workers: int) -> None
     assert result["episode_length_mean"] == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vectorization_mode", ["vector_entry_point", "envpool"])
 def test_cartpole_is_learned_by_vector_environments(tmp_path: Path, vectorization_mode: str) -> None:
     if vectorization_mode == "envpool":
