@@ -9,6 +9,7 @@ result is written into the run's folder, and a run that goes on there takes it f
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import time
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 BUDGET_S: Final = 10.0
 _PROBE_S: Final = 3.0  # an environment that takes longer to be made, reset and stepped once is not measured
 _PROBE_STEPS_S: Final = 0.1
+_PROBED_VECTOR: Final = 64  # environments of a vector environment that is probed
+_RESETS_S: Final = 1.0  # for which the resets of environments in process may hold the loop up
 _WARM_UP_S: Final = 0.05
 _SLICE_S: Final = 0.3
 NUMBERS: Final = ("num_env_workers", "envs_per_worker", "groups_per_worker")
@@ -57,10 +60,12 @@ class Probe:
 
     Attributes:
         step_s: Median seconds of a step.
+        reset_s: Of resetting it.
         is_awaitable: Whether it can only be hosted by the trainer's own loop.
     """
 
     step_s: float
+    reset_s: float
     is_awaitable: bool
 
 
@@ -130,7 +135,9 @@ async def measure_environments(
         known = space.default(slow=True, in_process=False)
         logger.warning("an environment took more than %g s to be made and stepped: %s, unmeasured", _PROBE_S, known)
         return known, []
-    most_local = space.most_envs if probe.is_awaitable else int(LOOP_BUDGET_S / max(probe.step_s, 1e-9))
+    most_local = int(min(LOOP_BUDGET_S / max(probe.step_s, 1e-9), _RESETS_S / max(probe.reset_s, 1e-9)))
+    if probe.is_awaitable:
+        most_local = space.most_envs
     space.limit(most_local=most_local, only_local=probe.is_awaitable)
 
     async def measure(choice: Choice) -> float | None:
@@ -157,21 +164,26 @@ def _probe(spec: EnvironmentSpec, env_seed: int, environment: EnvironmentConfig)
     """Looks at one environment, and steps it for a moment. Blocks."""
     info = preflight(spec, env_cleanup_time=environment.env_cleanup_time)
     if info.is_awaitable:
-        return Probe(0.0, is_awaitable=True)
+        return Probe(0.0, 0.0, is_awaitable=True)
+    num_envs = (
+        _PROBED_VECTOR if spec.vectorization_mode != "sync" else 1
+    )  # a step of these costs much the same for any number
     with reported(0, "constructor"):
-        group = EnvironmentGroup(spec, 1)
+        group = EnvironmentGroup(spec, num_envs)
     try:
+        started = time.perf_counter()
         with reported(0, "reset"):
-            group.reset([seed_of(env_seed, 0, 0)])
+            group.reset([seed_of(env_seed, env, 0) for env in range(num_envs)])
+        reset_s = time.perf_counter() - started
         generator = np.random.default_rng(env_seed)
         durations: list[float] = []
         with reported(0, "step"):
             while not durations or sum(durations) < _PROBE_STEPS_S:
-                actions = generator.integers(info.num_actions, size=1)
+                actions = generator.integers(info.num_actions, size=num_envs)
                 started = time.perf_counter()
                 group.step(actions)
                 durations.append(time.perf_counter() - started)
-        return Probe(median(durations), is_awaitable=False)
+        return Probe(median(durations) / num_envs, reset_s / num_envs, is_awaitable=False)
     finally:
         group.close()
 
@@ -203,7 +215,9 @@ def _settled(asked: EnvironmentConfig, choice: Choice) -> EnvironmentConfig:
     Raises:
         ConfigError: The choice, made for an earlier part of the run, breaks a rule of the table.
     """
-    settled = asked.model_copy(update={name: getattr(choice, name) for name in NUMBERS})
+    settled = asked.model_copy(
+        update={name: getattr(choice, name) for name in NUMBERS if getattr(asked, name) == "auto"}
+    )
     faults = [
         Fault(f"task.environment.{fields[0]}", message, literal(getattr(settled, fields[0])), remedy)
         for fields, (message, remedy) in settled.breaches()
@@ -213,10 +227,17 @@ def _settled(asked: EnvironmentConfig, choice: Choice) -> EnvironmentConfig:
     return settled
 
 
+def _asked(environment: EnvironmentConfig) -> dict[str, Any]:
+    """The question that a measurement answers, as JSON has it."""
+    names = (*NUMBERS, "id", "kwargs", "wrappers", "vectorization_mode")
+    asked: dict[str, Any] = json.loads(json.dumps({name: getattr(environment, name) for name in names}, default=str))
+    return asked
+
+
 def _record(asked: EnvironmentConfig, known: Choice, measured: list[Measured]) -> dict[str, Any]:
     """What is written down."""
     return {
-        "asked": {name: getattr(asked, name) for name in NUMBERS},
+        "asked": _asked(asked),
         **asdict(known),
         "measured": [asdict(each.choice) | {"steps_per_s": round(each.steps_per_s, 1)} for each in measured],
     }
@@ -224,7 +245,7 @@ def _record(asked: EnvironmentConfig, known: Choice, measured: list[Measured]) -
 
 def _known(recorded: Mapping[str, Any], asked: EnvironmentConfig) -> Choice | None:
     """What was measured, where it answers the same question."""
-    if recorded.get("asked") != {name: getattr(asked, name) for name in NUMBERS}:
+    if recorded.get("asked") != _asked(asked):
         return None
     workers, envs, groups = (recorded.get(name) for name in NUMBERS)
     if not (isinstance(workers, int) and isinstance(envs, int) and (isinstance(groups, int) or groups == "auto")):

@@ -109,7 +109,7 @@ class Space:
         most = self.most_envs // parts
         if environment.envs_per_worker != "auto":
             given = environment.envs_per_worker
-            fits = num_env_workers in (0, 1) or least <= given <= most
+            fits = given >= least and (given <= most or num_env_workers in (0, 1))
             return [given] if fits and (num_env_workers or given <= self._most_local or self._must_be_local) else []
         if num_env_workers == 0 and not self._must_be_local:
             most = min(most, self._most_local)

@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 MAX_ENVIRONMENTS: Final = 16
 _INCARNATION: Final = 2**32 - 1  # no run is resumed so often: episodes that training never saw
 _NOISE: Final = 0x6E6F697365  # sets the noise of evaluation apart from that of training
-_SMALL_PARAMETERS: Final = 1_000_000  # a network below this is slowed down by a second thread
+_SMALL_PARAMETERS: Final = 1_000_000  # below, a second thread slows a network down
 _REPORT_INTERVAL_S: Final = 10.0
 
 
@@ -284,10 +284,8 @@ def _load(folder: Path) -> _Learned:
 def _acting(model: Model, task: ReinforcementLearningTask) -> Act:
     """Acts as training did: in NumPy where it can, in torch with one thread where the model is small."""
     acting = build_acting(model, task, torch.device("cpu"))
-    if (
-        isinstance(acting, NumpyActing)
-        or sum(parameter.numel() for parameter in model.parameters()) >= _SMALL_PARAMETERS
-    ):
+    is_large = sum(parameter.numel() for parameter in model.parameters()) >= _SMALL_PARAMETERS
+    if is_large or isinstance(acting, NumpyActing):
         return acting.act
     settings = TorchSettings(num_threads=1)
 

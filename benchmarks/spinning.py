@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Spinning(gymnasium.Env[Any, Any]):
-    """Each step keeps a processor busy for `step_s` seconds of its time; episodes have 100 steps."""
+    """Each step spins until `step_s` seconds have passed; episodes have 100 steps."""
 
     observation_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)

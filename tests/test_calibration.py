@@ -71,6 +71,31 @@ async def test_an_environment_that_takes_four_milliseconds_gets_processes_and_fe
         assert envs_per_worker <= 8
 
 
+async def test_resets_do_not_hold_the_loop_up_for_long(tmp_path: Path) -> None:
+    await settle(configured(tmp_path, *AUTO, world="Slow", reset_s=0.3, step_s=0.0))
+    local = [each for each in recorded(tmp_path)["measured"] if not each["num_env_workers"]]
+    assert max(each["envs_per_worker"] for each in local) <= 3, "a second of resets at most"
+
+
+async def test_a_vector_environment_is_measured_in_large_groups_in_process(tmp_path: Path) -> None:
+    overrides = (
+        "task.environment.id=CartPole-v1",
+        "task.environment.kwargs={}",
+        "trainer.sampling.num_epoch_samples=65536",
+    )
+    mode = "task.environment.vectorization_mode=vector_entry_point"
+    await settle(configured(tmp_path, *AUTO, *overrides, mode))
+    local = [each for each in recorded(tmp_path)["measured"] if not each["num_env_workers"]]
+    assert max(each["envs_per_worker"] for each in local) >= 128, "a step costs much the same for any number"
+
+
+async def test_what_was_measured_for_another_environment_is_not_taken(tmp_path: Path) -> None:
+    await settle(configured(tmp_path, *AUTO))
+    before = recorded(tmp_path)
+    await settle(configured(tmp_path, *AUTO, world="Slow"))
+    assert recorded(tmp_path)["asked"] != before["asked"]
+
+
 async def test_an_environment_too_slow_to_measure_gets_a_default(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +182,8 @@ async def test_a_file_that_says_nothing_is_measured_anew(tmp_path: Path, content
 
 
 async def test_numbers_of_an_earlier_part_that_another_setting_forbids_are_a_fault(tmp_path: Path) -> None:
-    asked = {"num_env_workers": "auto", "envs_per_worker": "auto", "groups_per_worker": 9}
+    await settle(configured(tmp_path, *AUTO, "task.environment.groups_per_worker=9"))
+    asked = recorded(tmp_path)["asked"]
     known = {"num_env_workers": 0, "envs_per_worker": 4, "groups_per_worker": 9}
     (tmp_path / "calibration.json").write_text(json.dumps({"asked": asked, **known}))
     with pytest.raises(ConfigError, match="groups_per_worker"):

@@ -126,6 +126,13 @@ async def test_every_candidate_fills_a_batch_and_has_an_environment_for_each_gro
     assert {choice.groups_per_worker for choice in asked} == {3}
 
 
+async def test_too_few_environments_for_a_batch_are_never_tried() -> None:
+    environment = EnvironmentConfig(num_env_workers="auto", envs_per_worker=4)
+    of = Space(environment, SamplingConfig(num_epoch_samples=2048, min_batch_size=6), num_cores=2)
+    _, asked = await searched(of, lambda choice: float(choice.num_envs))
+    assert [(choice.num_env_workers, choice.envs_per_worker) for choice in asked] == [(2, 4)]
+
+
 async def test_awaitable_environments_stay_in_process_however_slow() -> None:
     of = space(num_cores=4)
     of.limit(most_local=of.most_envs, only_local=True)

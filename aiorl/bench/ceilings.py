@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _YIELD_S: Final = 0.005
 _END_S: Final = 2.0
+_MAX_ANSWER_BYTES: Final = 2**20
 
 
 class Ceiling(Protocol):
@@ -131,7 +132,7 @@ async def stepped_processes(
     try:
         for worker in range(num_workers):
             process = await asyncio.create_subprocess_exec(
-                *command, stdin=pipe, stdout=pipe, stderr=nothing, env=child_environment()
+                *command, stdin=pipe, stdout=pipe, stderr=nothing, env=child_environment(), limit=_MAX_ANSWER_BYTES
             )
             processes.append(process)
             order = {

@@ -174,9 +174,9 @@ def _sampling(found: Findings) -> Bottleneck:
 def _for_environments(subject: Subject) -> tuple[str, str | None]:
     """What makes environments step faster: words, and the setting."""
     setting, cores = "task.environment.num_env_workers", subject.num_cores
-    if subject.num_env_workers == 0 and cores > 1:
+    if cores > 1 and subject.num_env_workers == 0:
         return f'{setting} = "auto" measures whether they step faster in processes of their own', setting
-    if subject.num_env_workers < cores:
+    if cores > 1 and subject.num_env_workers < cores:
         return f"{setting} up to the {cores} cores steps more of them side by side", setting
     return "all cores step environments: only cheaper environments or more cores help", None
 
@@ -190,7 +190,7 @@ def _for_the_rest(name: str, subject: Subject) -> tuple[str, str]:
         setting = "task.environment.envs_per_worker"
         return f"{setting} higher makes groups larger, and a tick cheaper for each of its steps", setting
     if name == "inference":
-        return "smaller model.hidden_sizes, or another model, answer faster", "model.hidden_sizes"
+        return "a smaller model answers faster", "model"
     setting = "trainer.sampling.num_epoch_samples"
     return f"{setting} higher has room for more environments, and so for larger groups", setting
 

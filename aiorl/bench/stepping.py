@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aiorl.environments.fields import MAX_TEXT
 from aiorl.environments.make import EnvironmentGroup, seed_of
 from aiorl.environments.spaces import EnvironmentSpec
 from aiorl.environments.worker import end_with_parent
@@ -91,7 +92,7 @@ def main() -> int:
                 group.close()
         except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: told to the parent, whatever it is
             cause = traceback.format_exception_only(error)[-1].strip()
-            answer({"where": where, "cause": cause, "traceback": traceback.format_exc()})
+            answer({"where": where, "cause": cause[-MAX_TEXT:], "traceback": traceback.format_exc()[-MAX_TEXT:]})
             return 1
     return 0
 

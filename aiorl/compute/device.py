@@ -80,7 +80,8 @@ class Placement:
     A kind is a function. Its first calls run on the thread, where they cannot hold the loop up. By the clock they seem long wherever
     the loop works meanwhile, for which the thread waits up to the interpreter's switch interval of 5 ms, and even by processor time
     they seem so several times over. So unless that says otherwise clearly, the next calls are tried on the loop and timed by the
-    clock, and the kind stays there if they are short. Each decision is logged.
+    clock, and the kind stays there if they are short, for as long as it does not hold the loop up for 20 ms again and again. Each
+    decision is logged.
 
     Args:
         name: What it computes, for the log and the thread's name.
@@ -92,6 +93,7 @@ class Placement:
         self._settings = settings
         self._inline: dict[object, bool] = {}
         self._durations: dict[object, list[float]] = {}
+        self._num_long: dict[object, int] = {}  # calls in a row that held the loop up for long
         self._executor: ThreadPoolExecutor | None = None
 
     async def __aenter__(self) -> Placement:
@@ -113,6 +115,7 @@ class Placement:
         kind = getattr(function, "__func__", function)
         if self._inline.get(kind):
             result, duration_s = self._timed(time.perf_counter, function, *args, **kwargs)
+            self._watch(kind, duration_s)
         else:
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"aiorl-{self.name}")
@@ -126,6 +129,12 @@ class Placement:
             elif len(durations) == 2 * _WARM_UP_CALLS and self._inline[kind]:
                 self._place(kind, min(durations[_WARM_UP_CALLS:]), LOOP_BUDGET_S)
         return result
+
+    def _watch(self, kind: object, duration_s: float) -> None:
+        """Moves to the thread what has become long: a batch that acts may have more rows than those that were tried."""
+        self._num_long[kind] = self._num_long.get(kind, 0) + 1 if duration_s > _TRIAL_BUDGET_S else 0
+        if self._num_long[kind] == _WARM_UP_CALLS:
+            self._place(kind, duration_s, LOOP_BUDGET_S)
 
     def _place(self, kind: object, typical_s: float, budget_s: float) -> None:
         self._inline[kind] = typical_s <= budget_s

@@ -141,7 +141,9 @@ class LinkServer:
 
     def _drain(self) -> None:
         """Receives until nothing is left, or ``MAX_TURN`` messages were taken: then the rest comes in the next turn."""
-        self._drain_handle = None
+        if self._drain_handle is not None:
+            self._drain_handle.cancel()
+            self._drain_handle = None
         for _ in range(MAX_TURN):
             if self._is_closed:
                 return
@@ -221,8 +223,6 @@ class LinkServer:
         self.context.term()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-
-    _release = release
 
 
 class WorkerLink:

@@ -107,9 +107,11 @@ class _Figures:
         for name, values in self._values.items():
             rows = np.array(self._rows[name], np.float64)
             total = float(rows.sum())
-            if isinstance(values[0], torch.Tensor):
-                stacked = torch.stack(values)
-                mean: Any = stacked @ torch.as_tensor(rows / total, dtype=stacked.dtype, device=stacked.device)
+            tensors = [value for value in values if isinstance(value, torch.Tensor)]
+            if tensors:
+                device = tensors[0].device
+                stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
+                mean: Any = stacked @ torch.as_tensor(rows / total, dtype=torch.float32, device=device)
             else:
                 mean = float(np.average(values, weights=rows))
             for sums in (within, means):
@@ -372,4 +374,4 @@ def _scalar(value: Tensor | float, rows: int | None = None) -> Any:
     """A logged figure as a scalar; of one number per row, the mean over the first `rows`, which are those that count."""
     if isinstance(value, float | int) or value.ndim == 0:
         return value
-    return value[:rows].mean()
+    return value[:rows].float().mean()

@@ -82,6 +82,23 @@ async def test_what_waits_goes_back_to_the_thread() -> None:
     ] * WARM_UP_CALLS
 
 
+async def test_what_becomes_long_moves_to_the_thread() -> None:
+    long = threading.Event()
+
+    def growing() -> int:
+        if long.is_set():
+            time.sleep(5 * LOOP_BUDGET_S)  # the length of the computation is what is tested
+        return threading.get_ident()
+
+    here = threading.get_ident()
+    async with Placement("growing", TorchSettings(num_threads=1)) as place:
+        for _ in range(2 * WARM_UP_CALLS):
+            await place.call(growing)
+        long.set()
+        idents = [await place.call(growing) for _ in range(WARM_UP_CALLS + 2)]
+    assert [ident == here for ident in idents] == [True] * WARM_UP_CALLS + [False] * 2
+
+
 async def test_a_busy_loop_does_not_make_a_computation_seem_long() -> None:
     """The thread waits for the interpreter while the loop works."""
 

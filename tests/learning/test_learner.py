@@ -75,6 +75,8 @@ class Squares(ReinforcementLearningTask):
     ) -> Tensor | dict[str, Tensor]:
         ticks = batch["observations"][:, 0]
         self.log("number", float(len(self.minibatches)))
+        self.log("whole", torch.tensor(len(self.minibatches)))
+        self.log("of_either_kind", torch.tensor(2.0) if len(self.minibatches) % 2 else 2.0)
         self.log("tick", ticks)
         self.minibatches.append(Minibatch([round(tick) for tick in ticks.tolist()], batch["weights"].tolist()))
         values: Tensor = output[1]
@@ -422,6 +424,8 @@ async def test_figures_are_means_over_rows() -> None:
     figures = update.metrics
     assert figures["learner/tick"] == pytest.approx(4.5)
     assert figures["learner/number"] == pytest.approx((4 * 0 + 3 * 1 + 3 * 2 + 4 * 3 + 3 * 4 + 3 * 5) / 20)
+    assert figures["learner/whole"] == pytest.approx(figures["learner/number"])
+    assert figures["learner/of_either_kind"] == pytest.approx(2.0)
     assert figures["learner/rows_of_the_epoch"] == 10
     assert figures["learner/num_steps"] == 6
     assert figures["learner/num_update_passes"] == 2
