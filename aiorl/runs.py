@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from aiorl.compute.threads import in_thread
 from aiorl.config import with_values
-from aiorl.errors import AiorlError, ConfigError, Fault, first_cause
-from aiorl.session import Session
+from aiorl.errors import AiorlError, ConfigError, Fault, WorkerError, first_cause
+from aiorl.session import Outcome, Session, summary_of
 from aiorl.settings import is_changeable, with_field
+from aiorl.tasks.hooks import State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from aiorl.monitoring.folder import RunFolder
     from aiorl.monitoring.metrics import EpochRecord
     from aiorl.preparation import Resume
-    from aiorl.session import Outcome
     from aiorl.tasks.base import Callback, ReinforcementLearningTask
 
 logger = logging.getLogger(__name__)
@@ -304,9 +304,15 @@ async def settled(config: Config, task: ReinforcementLearningTask, model: Model,
     if not asked.is_auto:
         return config
     preparation, calibration, _ = await in_thread(import_torch)
-    found = await calibration.settle_environments(
-        config.trainer, task, model, config.link, folder, made_with=await in_thread(preparation.made_with, folder)
-    )
+    made_with = await in_thread(preparation.made_with, folder)
+    try:
+        found = await calibration.settle_environments(
+            config.trainer, task, model, config.link, folder, made_with=made_with
+        )
+    except WorkerError as error:  # an environment's failure is the run's, which has begun
+        nothing = Outcome(State(), "", None, 0.0, 0, 0)
+        await in_thread(folder.write_summary, summary_of(nothing, error, stopped=False))
+        raise
     if config.task.environment != asked:  # the task was passed as an object, with environments of its own
         return config
     return with_values(config, {f"task.environment.{name}": getattr(found, name) for name in calibration.NUMBERS})

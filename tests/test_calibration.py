@@ -199,3 +199,6 @@ async def test_an_environment_that_raises_is_told_as_at_the_start_of_a_run(
     with pytest.raises(EnvironmentRaised, match=f"worker 0 raised in step: RuntimeError: the chain broke in {where}"):
         async with open_run(config) as run:
             await run.wait()
+    told = json.loads((tmp_path / "summary.json").read_text())
+    assert told["status"] == "failed"
+    assert f"the chain broke in {where}" in told["error"]
