@@ -12,7 +12,8 @@ is left by `os._exit`, which runs no ``finally`` and no atexit handler, while th
 
 - a second after the first signal to end at once, five where a run was open (it closes, and writes ``summary.json``), if
   a thread still holds it up then;
-- at the next SIGINT, at once where a thread holds it up, else within a second.
+- at the next SIGINT, at once where a thread holds it up, else within a second;
+- at a SIGINT a second after a signal that the loop did not hear, since user code holds the loop itself up.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,7 @@ from aiorl.runs import import_torch, open_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from types import FrameType
 
     from aiorl.config import Config
     from aiorl.preparation import Resume
@@ -114,6 +117,25 @@ def loop_factory(name: Literal["auto", "asyncio", "uvloop"]) -> Callable[[], asy
     return asyncio.new_event_loop
 
 
+def hear_while_blocked(unheard: list[float], leave_now: Callable[[signal.Signals], Any]) -> None:
+    """Has a further SIGINT answered also where user code holds the loop up, so that the loop's own handlers are not called.
+
+    To be called after these were added: what it adds runs in the main thread between two instructions of whatever runs there.
+
+    Args:
+        unheard: When signals came; whoever hears them on the loop clears it.
+        leave_now: Called with a SIGINT that comes a second or more after the first signal that was not heard.
+    """
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        unheard.append(time.monotonic())
+        if number == signal.SIGINT and unheard[-1] - unheard[0] >= PATIENCE_S:
+            leave_now(signal.Signals(number))
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+
 async def _run(
     config: Config,
     resume: Resume,
@@ -129,6 +151,7 @@ async def _run(
     runs: list[Run] = []
     received: list[signal.Signals] = []
     received_at: list[float] = []
+    unheard: list[float] = []
     companions: list[asyncio.Task[None]] = []
 
     def leave_now(*, patient: bool) -> None:
@@ -140,7 +163,12 @@ async def _run(
         finally:
             leave(128 + received[0])
 
+    def leave_blocked(number: signal.Signals) -> None:
+        received.append(number)
+        leave_now(patient=False)
+
     def on_signal(number: signal.Signals) -> None:
+        unheard.clear()
         first = not received
         if not first and loop.time() - received_at[0] < ONE_INTERRUPT_S:
             return
@@ -164,6 +192,7 @@ async def _run(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)
+    hear_while_blocked(unheard, leave_blocked)
     loop.add_signal_handler(signal.SIGUSR1, lambda: runs[0].request_checkpoint() if runs else None)
     try:
         async with contextlib.AsyncExitStack() as stack:

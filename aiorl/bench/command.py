@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aiorl.bench.measuring import bench
 from aiorl.compute.threads import held_up, leave
-from aiorl.standalone import ONE_INTERRUPT_S, PATIENCE_WITH_RUN_S, loop_factory
+from aiorl.standalone import ONE_INTERRUPT_S, PATIENCE_WITH_RUN_S, hear_while_blocked, loop_factory
 
 if TYPE_CHECKING:
     from aiorl.bench.figures import Findings
@@ -46,12 +46,14 @@ async def _until_signal(config: Config, seconds: float) -> Findings | signal.Sig
     assert main is not None
     received: list[signal.Signals] = []
     received_at: list[float] = []
+    unheard: list[float] = []
 
     def leave_if_held_up() -> None:
         if held_up():
             leave(128 + received[0])
 
     def on_signal(number: signal.Signals) -> None:
+        unheard.clear()
         if received and loop.time() - received_at[0] < ONE_INTERRUPT_S:
             return
         if received:
@@ -63,6 +65,7 @@ async def _until_signal(config: Config, seconds: float) -> Findings | signal.Sig
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)
+    hear_while_blocked(unheard, lambda number: leave(128 + number))
     try:
         return await bench(config, seconds=seconds)
     except asyncio.CancelledError:

@@ -83,8 +83,9 @@ def _lines(found: Findings) -> Iterator[str]:
     )
     cost = found.trainer_cost
     if cost is not None:
+        per_row = f"{cost.per_row_us:.2f} µs" if cost.per_row_us else "too little to be measured"
         yield (
-            f"trainer: {cost.per_tick_us:.1f} µs of processor for each tick of a group, {cost.per_row_us:.2f} µs for each "
+            f"trainer: {cost.per_tick_us:.1f} µs of processor for each tick of a group, {per_row} for each "
             f"row of it; {found.batch_rows:.1f} rows a batch; busy {found.trainer_busy:.0%} while sampling"
         )
     for name, lag in (("sampling alone", found.sampling_lag), ("the whole", found.whole_lag)):

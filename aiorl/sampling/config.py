@@ -19,7 +19,8 @@ class SamplingConfig(Section):
     num_epoch_samples: int = Field(
         ge=1,
         examples=[2048],
-        description="Kept transitions that make an epoch; it overshoots by less than one group's rows.",
+        description="Kept transitions that make an epoch; it overshoots by less than one group's rows (times the minimum "
+        "length), carried rows left out.",
     )
     min_batch_size: Annotated[int, MAY_DIFFER] = Field(
         1, ge=1, description="Rows below which an expired `max_wait_time` does not yet flush a batch."

@@ -68,6 +68,24 @@ def test_a_second_interrupt_leaves_at_once_without_orphans(tmp_path: Path) -> No
     assert "Traceback" not in run.text
 
 
+def test_a_loop_that_an_environment_holds_up_hears_a_further_interrupt(tmp_path: Path) -> None:
+    never = "task.environment.id=tests.integration.worlds:Sticky"
+    with running(tmp_path, ENDLESS[0], never, "task.environment.num_env_workers=0") as run:
+        run.wait_for_epoch()
+        (tmp_path / "stick").touch()
+        process = psutil.Process(run.process.pid)
+        used = -1.0
+        while used != (used := sum(process.cpu_times()[:2])):  # it still works
+            time.sleep(0.2)
+        for _ in range(20):
+            os.kill(run.process.pid, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                run.process.wait(0.6)
+                break
+        assert run.end() == 130, run.text
+    assert "Traceback" not in run.text
+
+
 def test_what_cannot_be_drained_is_given_up_in_time(tmp_path: Path) -> None:
     never = "task.environment.id=tests.integration.worlds:Sticky"
     with running(
