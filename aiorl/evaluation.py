@@ -1,7 +1,6 @@
 """What a run has learned, played: `load_policy` for one's own program, `evaluate` for figures and a clip.
 
 Both read a run's folder: its configuration and its newest sound checkpoint; and make one environment to see its spaces.
-
 Dimensions: B observations of a batch, K environments that are played side by side.
 """
 
