@@ -220,10 +220,10 @@ def _walk(value: Any, place: Place, tensor: Callable[[Place, Tensor], Tensor]) -
         return tensor(place, value)
     if type(value) in _PLAIN:
         return value
-    if (
-        isinstance(value, np.bool_ | np.integer | np.floating) and type(value.item()) in _PLAIN
-    ):  # NumPy scalars: on the host
-        return value.item()
+    if isinstance(value, np.bool_ | np.integer | np.floating):
+        plain = value.item()  # a NumPy scalar: on the host
+        if type(plain) in _PLAIN:
+            return plain
     if isinstance(value, Mapping) and all(type(key) in (str, int) for key in value):
         return {key: _walk(item, (*place, key), tensor) for key, item in value.items()}
     if isinstance(value, list | tuple):

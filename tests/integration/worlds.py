@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ class Sticky(Chain):
     """Never comes back from a step once the file named by AIORL_TEST_STICK exists."""
 
     def step(self, action: np.int64) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if Path(os.environ["AIORL_TEST_STICK"]).exists():
+            sys.stdout.write("stuck\n")
+            sys.stdout.flush()
         while Path(os.environ["AIORL_TEST_STICK"]).exists():
             signal.pause()
         return super().step(action)
